@@ -1,0 +1,195 @@
+"""Settling a plan: score three short rows, hold every weight against autograd, make what disagrees more general."""
+
+from __future__ import annotations
+
+import torch
+
+from gradshield_fast.capture import capture
+from gradshield_fast.errors import ScoringError
+from gradshield_fast.layout import RowAxisLost
+from gradshield_fast.losses import IGNORE, PaddedBatch, row_losses
+from gradshield_fast.oracle import Truth, autograd_truth
+from gradshield_fast.plan import Plan
+from gradshield_fast.tally import Tally
+from gradshield_fast.universal import CHAIN, MethodFailed
+
+ROWS, TOKENS, SHORT = 3, 13, 9
+"""Shape of the trial batch: primes, so that a row or token axis is not mistaken for another; its last row is padded."""
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
+"""Allowed disagreement, in units of |<G, r>| + sqrt(sum (G r)^2), by the model's dtype. A wrong rule is off by about
+one such unit; a right one by the rounding of the model's dtype, since both see the same activations and gradients.
+Float64 models earn 1e-6 only, as most work in float32 inside (norms, rotary angles, routers)."""
+
+NOISE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 0.03}
+"""The same in units of sum over positions of |g . y_dot|, for gradients that cancel to nothing (a key's bias)."""
+
+ATTEMPTS = 200
+
+
+def trial_batch(batch: PaddedBatch) -> PaddedBatch:
+    """Make three short rows out of a batch's own tokens, drawn with a fixed seed.
+
+    Args:
+        batch: the first batch to be scored.
+
+    Returns:
+        Three rows, the last one padded, with a loss at every token.
+    """
+    pool = batch.input_ids[batch.attention_mask.bool()].cpu()
+    generator = torch.Generator().manual_seed(0)
+    ids = pool[torch.randint(len(pool), (ROWS, TOKENS), generator=generator)]
+    mask = torch.ones_like(ids)
+    mask[-1, SHORT:] = 0
+    labels = ids.masked_fill(mask == 0, IGNORE)
+    labels[:, 0] = IGNORE
+    device = batch.input_ids.device
+    source = torch.arange(TOKENS).repeat(ROWS, 1)
+    return PaddedBatch(ids.to(device), mask.to(device), labels.to(device), source)
+
+
+class Calibration:
+    """The trial of a plan against autograd on one small batch. The model must be frozen and in evaluation mode."""
+
+    def __init__(self, plan: Plan, batch: PaddedBatch, *, positions: bool, token_scores: bool) -> None:
+        """Work out autograd's answer.
+
+        Args:
+            plan: the plan, which `settle` changes.
+            batch: the first batch to be scored, from which the trial's tokens are drawn.
+            positions: whether the model takes `position_ids`.
+            token_scores: whether position terms are wanted.
+
+        Raises:
+            ScoringError: a row's loss changes with its batch mates or with padding.
+        """
+        self.plan, self.positions, self.token_scores = plan, positions, token_scores
+        self.batch = trial_batch(batch)
+        dtypes = {p.dtype for p in plan.model.parameters() if p.is_floating_point()}
+        self.tolerance = max(TOLERANCE.get(dtype, 0.1) for dtype in dtypes)
+        self.noise = max(NOISE.get(dtype, 0.03) for dtype in dtypes)
+        self.truth: Truth = autograd_truth(
+            plan.model, plan.direction, self.batch, positions=positions, reduction="mean"
+        )
+        self._check_independence()
+
+    def _check_independence(self) -> None:
+        """A score of a row must be that row's own: its loss alone and in the batch must agree."""
+        for row, length in ((0, TOKENS), (ROWS - 1, SHORT)):
+            alone = PaddedBatch(
+                self.batch.input_ids[row : row + 1, :length],
+                self.batch.attention_mask[row : row + 1, :length],
+                self.batch.labels[row : row + 1, :length],
+                self.batch.source[row : row + 1, :length],
+            )
+            with torch.no_grad():
+                loss = float(row_losses(self.plan.model, alone, positions=self.positions, reduction="mean"))
+            together = float(self.truth.loss[row])
+            # many models work in float32 inside whatever their dtype, so a float64 model earns no tighter bound here
+            if not abs(loss - together) <= max(1e-4, self.tolerance) * (1 + abs(together)):
+                raise ScoringError(
+                    f"the model's loss of a row depends on its batch mates or on padding ({loss:.6g} alone, "
+                    f"{together:.6g} in a batch); score with one row a batch (--batch-tokens 1), or check the model"
+                )
+
+    def settle(self) -> None:
+        """Change the plan until every weight agrees with autograd, and record layouts and uses.
+
+        Raises:
+            ScoringError: a weight cannot be made to agree; the message names it and both figures.
+        """
+        plan = self.plan
+        for _ in range(ATTEMPTS):
+            try:
+                tally = self._trial()
+            except RowAxisLost as lost:
+                for weight in plan.weights_at(lost.site):
+                    if not plan.promote(weight, lost.site, same_module=False):
+                        raise ScoringError(f"weight '{weight}': {lost}") from lost
+                continue
+            except MethodFailed as failed:
+                if failed.site == ("", CHAIN[-1]):
+                    raise ScoringError(f"weights {plan.weights_at(failed.site)}: {failed}") from failed
+                plan.next_method(failed.site)
+                continue
+            wrong = self._wrong(tally)
+            if not wrong and not (plan.context.norms and self._split_norms(tally)):
+                plan.known_layouts, plan.expected_uses = tally.layouts, tally.uses
+                return
+            stuck = [weight for weight in wrong if not self._generalise(weight, tally)]
+            if stuck:
+                self._give_up(stuck, tally)
+        raise ScoringError(f"no rule was found for weights {wrong[:3]}; leave them out of the direction")
+
+    def _trial(self) -> Tally:
+        plan, batch = self.plan, self.batch
+        tally = Tally(
+            batch.rows,
+            batch.tokens,
+            plan.direction.count,
+            batch.input_ids.device,
+            norms=plan.context.norms,
+            token_scores=self.token_scores,
+            backend=plan.context.backend,
+            expected_uses=None,
+            known_layouts=None,
+            by_weight=True,
+        )
+        with capture(plan.model, plan.sites(split=True)) as state:
+            state.tally = tally
+            with torch.enable_grad():
+                losses = row_losses(plan.model, batch, positions=self.positions, reduction="mean")
+                if losses.requires_grad:
+                    losses.sum().backward()
+            tally.finish()
+        return tally
+
+    def _wrong(self, tally: Tally) -> list[str]:
+        """Weights whose dot products or norms disagree with autograd."""
+        truth = self.truth
+        largest = torch.stack(list(truth.norm_sq.values())).max(0).values.sqrt()
+        wrong = []
+        for weight in self.plan.sites_of:
+            want = truth.dot[weight]
+            got, terms = (x.cpu() for x in tally.share(weight))
+            bound = self.tolerance * (want.abs() + truth.spread[weight]) + self.noise * terms
+            # `not <=` rather than `>`: a NaN is a disagreement
+            agree = bool(((got - want).abs() <= bound + 1e-14 * truth.size[weight]).all())
+            if agree and tally.norm_sq is not None:
+                norm = truth.norm_sq[weight].sqrt()
+                off = (tally.norm_of(weight).cpu() - norm).abs()
+                agree = bool((off <= self.tolerance * norm + self.noise * largest).all())
+            if not agree:
+                wrong.append(weight)
+        return wrong
+
+    def _generalise(self, weight: str, tally: Tally) -> bool:
+        """Make one weight's sites more general, the likeliest culprits first; False where nothing is left."""
+        plan = self.plan
+        keys = list(plan.sites_of[weight])
+        silent = [key for key in keys if key not in tally.fired]
+        if silent and len(silent) < len(keys):
+            return all([plan.promote(weight, key, same_module=False) for key in silent])
+        by_class = [key for key in keys if key[1] not in CHAIN and key in tally.fired]
+        if by_class:
+            return all([plan.promote(weight, key, same_module=True) for key in by_class])
+        return all([plan.promote(weight, key, same_module=False) for key in keys])
+
+    def _split_norms(self, tally: Tally) -> bool:
+        """Bring a weight's several uses under one universal site: only there does its norm include cross terms."""
+        changed = False
+        for weight, keys in list(self.plan.sites_of.items()):
+            if tally.uses.get(weight, 0) > 1 and any(method in CHAIN for _, method in keys):
+                changed |= all([self.plan.promote(weight, key, same_module=False) for key in keys])
+        return changed
+
+    def _give_up(self, weights: list[str], tally: Tally) -> None:
+        name = weights[0]
+        want = self.truth.dot[name]
+        got = tally.share(name)[0].cpu()
+        row = int((got - want).abs().sum(1).argmax())
+        more = f" (and {len(weights) - 1} more: {', '.join(weights[1:4])})" if len(weights) > 1 else ""
+        raise ScoringError(
+            f"weight '{name}'{more} would be scored wrongly: every rule was tried, and the most general one gives "
+            f"{float(got[row, 0]):.6g} where autograd gives {float(want[row, 0]):.6g}; leave it out of the direction"
+        )

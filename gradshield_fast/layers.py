@@ -1,0 +1,307 @@
+"""Layer type -> rule, one line each; every other weight goes to the universal rule (universal.py).
+
+A rule here is only a faster way to the universal rule's sum over positions of g[t] . y_dot[t]. Choosing one by a
+module's class may be wrong for a subclass that does more; that is found before scoring starts, because every plan is
+checked against autograd on a small batch (plan.py), and a rule that disagrees is replaced by the universal one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from gradshield_fast.direction import Entry
+from gradshield_fast.layout import Layout
+from gradshield_fast.lowrank import LowRank
+from gradshield_fast.ops.embedding_dot import embedding_dot
+from gradshield_fast.ops.ghost_dot import ghost_dot
+from gradshield_fast.ops.ghost_dot_lowrank import lowrank_contract, lowrank_project
+from gradshield_fast.ops.ghost_dot_lowrank.api import membership
+from gradshield_fast.ops.scale_dot import scale_dot
+from gradshield_fast.tally import Tally
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every rule of a scorer shares.
+
+    Attributes:
+        directions: K.
+        dtype: dtype that ops accumulate in: float32, or float64 for a float64 model.
+        norms: whether squared norms are kept, so that the activation itself must be.
+        backend: backend that the ops run on.
+    """
+
+    directions: int
+    dtype: torch.dtype
+    norms: bool
+    backend: str
+
+
+class Rule(Protocol):
+    """How one weight of one module turns (a, g) into position terms."""
+
+    def keep(self, module: Any, a: torch.Tensor) -> Any:
+        """Take from the module's input what the backward will need.
+
+        Args:
+            module: the module.
+            a: its first input.
+        """
+        ...
+
+    def add(self, kept: Any, g: torch.Tensor, layout: Layout, tally: Tally) -> None:
+        """Add this use of the weight.
+
+        Args:
+            kept: what `keep` returned.
+            g: output gradient.
+            layout: where the rows are.
+            tally: the batch's sums.
+        """
+        ...
+
+
+class _Matrix:
+    """A direction on a matrix weight, prepared for products on its input side and on its output side.
+
+    Written for a weight [out, in]; `transposed` is for one stored [in, out].
+    """
+
+    def __init__(
+        self,
+        weight: str,
+        entries: Sequence[Entry | None],
+        device: torch.device,
+        context: Context,
+        *,
+        transposed: bool = False,
+    ) -> None:
+        self.weight, self.context, self.transposed = weight, context, transposed
+        dense = [(k, e) for k, e in enumerate(entries) if isinstance(e, torch.Tensor)]
+        factors = [(k, e.to(device, context.dtype)) for k, e in enumerate(entries) if isinstance(e, LowRank)]
+        self.dense_of = [k for k, _ in dense]
+        self.r = torch.stack([e.to(device, context.dtype) for _, e in dense]) if dense else None
+        if self.r is not None and transposed:
+            self.r = self.r.transpose(1, 2)
+        self.p = self.q = self.member = None
+        if factors:
+            self.p = torch.cat([e.q if transposed else e.p for _, e in factors], 1)
+            self.q = torch.cat([e.p if transposed else e.q for _, e in factors], 1)
+            ranks = [0] * context.directions
+            for k, e in factors:
+                ranks[k] = e.rank
+            self.member = membership(ranks, self.q)
+
+
+class MatrixRule(_Matrix):
+    """Linear layers: u[t] = g[t] . (r a[t]), dense or low-rank."""
+
+    def keep(self, module: nn.Module, a: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Keep q^T a alone where that is enough: it frees the activation, which a frozen layer does not save itself.
+
+        Args:
+            module: the layer.
+            a: Float[Tensor, "... d_in"].
+
+        Returns:
+            The activation or None, and its projection or None.
+        """
+        del module
+        a = a.detach()
+        z = None
+        if self.q is not None:
+            z = lowrank_project(a.reshape(-1, a.shape[-1]), self.q, backend=self.context.backend)
+        return (a if self.r is not None or self.context.norms else None), z
+
+    def add(
+        self, kept: tuple[torch.Tensor | None, torch.Tensor | None], g: torch.Tensor, layout: Layout, tally: Tally
+    ) -> None:
+        """Add this use of the weight.
+
+        Args:
+            kept: the activation or None, and its projection or None.
+            g: Float[Tensor, "... d_out"].
+            layout: where the rows are.
+            tally: the batch's sums.
+        """
+        a, z = kept
+        flat_g = g.reshape(-1, g.shape[-1])
+        u = torch.zeros(flat_g.shape[0], self.context.directions, dtype=self.context.dtype, device=g.device)
+        if self.r is not None and a is not None:
+            u[:, self.dense_of] = ghost_dot(a.reshape(-1, a.shape[-1]), flat_g, self.r, backend=self.context.backend)
+        if z is not None and self.p is not None and self.member is not None:
+            u += lowrank_contract(z, flat_g, self.p, self.member, backend=self.context.backend)
+        tally.add(self.weight, u.reshape(*g.shape[:-1], -1), layout)
+        if a is not None and self.context.norms:
+            left, right = (a, g) if self.transposed else (g, a)
+            tally.add_matrix_norm(self.weight, left, right, layout)
+
+
+class EmbeddingRule(_Matrix):
+    """Embedding tables: u[t] = g[t] . r[ids[t]]; the padding row has no gradient."""
+
+    padding: int | None = None
+
+    def keep(self, module: nn.Embedding, a: torch.Tensor) -> torch.Tensor:
+        """Keep the ids.
+
+        Args:
+            module: the embedding.
+            a: Int64[Tensor, "..."], the ids.
+
+        Returns:
+            The ids.
+        """
+        self.padding = module.padding_idx
+        return a
+
+    def add(self, kept: torch.Tensor, g: torch.Tensor, layout: Layout, tally: Tally) -> None:
+        """Add this use of the table.
+
+        Args:
+            kept: Int64[Tensor, "..."], the ids.
+            g: Float[Tensor, "... d"].
+            layout: where the rows are.
+            tally: the batch's sums.
+        """
+        if self.padding is not None:
+            g = g.masked_fill((kept == self.padding).unsqueeze(-1), 0)
+        ids, flat_g = kept.reshape(-1), g.reshape(-1, g.shape[-1])
+        u = torch.zeros(ids.shape[0], self.context.directions, dtype=self.context.dtype, device=g.device)
+        if self.r is not None:
+            u[:, self.dense_of] = embedding_dot(ids, flat_g, self.r, backend=self.context.backend)
+        if self.p is not None and self.q is not None and self.member is not None:
+            u += lowrank_contract(self.p[ids], flat_g, self.q, self.member, backend=self.context.backend)
+        tally.add(self.weight, u.reshape(*g.shape[:-1], -1), layout)
+        tally.add_matrix_norm(self.weight, kept, g, layout)
+
+
+class ScaleRule:
+    """Norm weights and biases: u[t] = sum_i g[t, i] x_hat[t, i] r[i], with x_hat = 1 for a bias."""
+
+    def __init__(
+        self,
+        weight: str,
+        entries: Sequence[Entry | None],
+        device: torch.device,
+        context: Context,
+        normalise: Callable[[Any, torch.Tensor], torch.Tensor] | None,
+    ) -> None:
+        """Prepare the direction on a vector weight.
+
+        Args:
+            weight: its name.
+            entries: Float[Tensor, "d"] of each direction, or None.
+            device: where the module is.
+            context: what the scorer's rules share.
+            normalise: (module, input) -> x_hat; None for a bias.
+        """
+        self.weight, self.context, self.normalise = weight, context, normalise
+        given = [e for e in entries if isinstance(e, torch.Tensor)]
+        zero = torch.zeros_like(given[0])
+        self.r = torch.stack([e if isinstance(e, torch.Tensor) else zero for e in entries]).to(device, context.dtype)
+
+    def keep(self, module: nn.Module, a: torch.Tensor) -> tuple[nn.Module, torch.Tensor] | None:
+        """Keep the norm's input; its normalised form is worked out again in the backward.
+
+        Args:
+            module: the norm, or the layer with the bias.
+            a: Float[Tensor, "... d"].
+
+        Returns:
+            The module and its input; None for a bias.
+        """
+        return None if self.normalise is None else (module, a.detach())
+
+    def add(self, kept: tuple[nn.Module, torch.Tensor] | None, g: torch.Tensor, layout: Layout, tally: Tally) -> None:
+        """Add this use of the weight.
+
+        Args:
+            kept: what `keep` returned.
+            g: Float[Tensor, "... d"].
+            layout: where the rows are.
+            tally: the batch's sums.
+        """
+        x_hat = None
+        if kept is not None and self.normalise is not None:
+            x_hat = self.normalise(kept[0], kept[1].to(self.context.dtype))
+        flat_hat = None if x_hat is None else x_hat.reshape(-1, x_hat.shape[-1])
+        u = scale_dot(flat_hat, g.reshape(-1, g.shape[-1]), self.r, backend=self.context.backend)
+        tally.add(self.weight, u.reshape(*g.shape[:-1], -1), layout)
+        if self.context.norms:
+            tally.add_vector_norm(self.weight, g.to(self.context.dtype) * (1 if x_hat is None else x_hat), layout)
+
+
+def _layer_norm(module: nn.LayerNorm, a: torch.Tensor) -> torch.Tensor:
+    return nn.functional.layer_norm(a, module.normalized_shape, None, None, module.eps)
+
+
+def _rms_norm(module: Any, a: torch.Tensor) -> torch.Tensor:
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if eps is None:
+        eps = torch.finfo(module.weight.dtype).eps
+    # transformers' norms work in float32 whatever the model's dtype; a float64 oracle sees that rounding too
+    x = a if type(module).forward is nn.RMSNorm.forward else a.float()
+    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(a.dtype)
+
+
+def method_of(module: nn.Module, local: str) -> str:
+    """Name the rule for a weight by its module's class: a guess that calibration confirms or replaces.
+
+    Args:
+        module: the module that owns the weight.
+        local: the weight's name in it, "weight" or "bias" as a rule.
+
+    Returns:
+        "linear", "conv1d", "embedding", "layer_norm", "rms_norm", "bias", or "jvp" (the universal rule).
+    """
+    forward = type(module).forward
+    conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    linear = isinstance(module, nn.Linear)  # subclasses too: one that does more is found by calibration
+    if local == "bias" and (linear or conv1d or forward is nn.LayerNorm.forward):
+        return "bias"
+    if local != "weight":
+        return "jvp"
+    if linear:
+        return "linear"
+    if conv1d:
+        return "conv1d"
+    if forward is nn.Embedding.forward:
+        # renormalised tables change in the forward pass, and frequency scaling changes the gradient
+        plain = getattr(module, "max_norm", None) is None and not getattr(module, "scale_grad_by_freq", False)
+        return "embedding" if plain else "jvp"
+    if forward is nn.LayerNorm.forward and len(getattr(module, "normalized_shape", ())) == 1:
+        return "layer_norm"
+    if type(module).__name__.endswith("RMSNorm") and getattr(module, "weight", torch.empty(0, 0)).ndim == 1:
+        return "rms_norm"
+    return "jvp"
+
+
+def make_rule(
+    method: str, weight: str, entries: Sequence[Entry | None], device: torch.device, context: Context
+) -> Rule:
+    """Make the rule that `method_of` named.
+
+    Args:
+        method: the rule's name.
+        weight: the weight's name in the model.
+        entries: the direction's entry on the weight, one for each direction, or None.
+        device: where the weight is.
+        context: what the scorer's rules share.
+
+    Returns:
+        The rule.
+    """
+    if method == "linear":
+        return MatrixRule(weight, entries, device, context)
+    if method == "conv1d":
+        return MatrixRule(weight, entries, device, context, transposed=True)
+    if method == "embedding":
+        return EmbeddingRule(weight, entries, device, context)
+    normalise = {"layer_norm": _layer_norm, "rms_norm": _rms_norm, "bias": None}[method]
+    return ScaleRule(weight, entries, device, context, normalise)

@@ -1,0 +1,95 @@
+"""Argument checks that every op shares; each message names the op, the rule, what came and what to do."""
+
+from __future__ import annotations
+
+import torch
+
+from gradshield_fast.errors import InputError
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def accumulate_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """Give the dtype that an op accumulates and answers in.
+
+    Args:
+        tensors: the op's floating-point inputs.
+
+    Returns:
+        float64 where any input is float64 (the oracle's precision), else float32.
+    """
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def need_matrix(op: str, name: str, x: torch.Tensor) -> None:
+    """Require a floating-point matrix.
+
+    Args:
+        op: the op's name, for the message.
+        name: the argument's name, for the message.
+        x: the argument.
+
+    Raises:
+        InputError: `x` is not two-dimensional or not floating point.
+    """
+    if x.ndim != 2:
+        raise InputError(f"{op}: {name} must be a matrix, got shape {tuple(x.shape)}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise InputError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
+
+
+def need_same_tokens(op: str, **tensors: torch.Tensor) -> int:
+    """Require the same number of tokens and one device.
+
+    Args:
+        op: the op's name, for the message.
+        tensors: name -> tensor whose first axis is the tokens.
+
+    Returns:
+        The number of tokens.
+
+    Raises:
+        InputError: two of them disagree.
+    """
+    (first, x), *rest = tensors.items()
+    for name, y in rest:
+        if y.shape[0] != x.shape[0]:
+            raise InputError(f"{op}: {first} has {x.shape[0]} tokens, but {name} has {y.shape[0]}")
+        if y.device != x.device:
+            raise InputError(f"{op}: {first} is on {x.device}, but {name} is on {y.device}; move one of them")
+    return x.shape[0]
+
+
+def need_cu_seqlens(op: str, cu_seqlens: torch.Tensor, tokens: int) -> None:
+    """Require row boundaries: int32 or int64, starting at 0, never falling, ending at the number of tokens.
+
+    On a GPU only shape and dtype are looked at, since the values would cost a synchronisation.
+
+    Args:
+        op: the op's name, for the message.
+        cu_seqlens: Int32[Tensor, "examples+1"].
+        tokens: the number of tokens of the op's inputs.
+
+    Raises:
+        InputError: the boundaries are not of that form.
+    """
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise InputError(
+            f"{op}: cu_seqlens must be a vector of int32 or int64 with one more entry than there are examples, "
+            f"got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device.type != "cpu":
+        return
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0:
+        raise InputError(f"{op}: cu_seqlens must start at 0, got {first}")
+    if last != tokens:
+        raise InputError(
+            f"{op}: cu_seqlens must end at the number of tokens: got {last}, but there are {tokens} tokens. "
+            "Was the last token lost in packing?"
+        )
+    if bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
+        at = int((cu_seqlens[1:] < cu_seqlens[:-1]).nonzero()[0])
+        raise InputError(
+            f"{op}: cu_seqlens must never fall: entry {at + 1} is {int(cu_seqlens[at + 1])} after {int(cu_seqlens[at])}"
+        )

@@ -1,0 +1,26 @@
+"""Sums over the tokens of each packed example, the same bits every time."""
+
+from __future__ import annotations
+
+import torch
+
+
+def segment_sum(u: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Sum position terms over each example's tokens.
+
+        s[n] = sum_{t = cu_seqlens[n]}^{cu_seqlens[n+1] - 1} u[t]
+
+    The sum runs in float64 and in token order, without atomics, so that neither the row's length nor a second run
+    changes the result beyond the last rounding.
+
+    Args:
+        u: Float[Tensor, "tokens ..."], position terms.
+        cu_seqlens: Int[Tensor, "examples+1"], row boundaries; a repeat is an empty example, whose sum is 0.
+
+    Returns:
+        Tensor of u's dtype, "examples ...".
+    """
+    offsets = cu_seqlens.to(device=u.device, dtype=torch.int64)
+    if u.shape[0] == 0 or offsets.numel() == 1:
+        return u.new_zeros((offsets.numel() - 1, *u.shape[1:]))
+    return torch.segment_reduce(u.double(), "sum", offsets=offsets, axis=0, initial=0.0).to(u.dtype)

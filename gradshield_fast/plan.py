@@ -1,0 +1,202 @@
+"""Which rule scores which weight, settled by trial: every plan is held against autograd before it is used.
+
+A model can apply a weight where no rule looks: a functional call, a fused kernel, a subclass that does more than its
+parent. So the plan starts from the modules' classes and scores three short rows with it; autograd scores the same
+rows. Where a weight disagrees, its rule gives way to a more general one, nearer to the root:
+
+    rule by class  ->  universal rule at the same module  ->  universal rule at the parent, and so on to the model
+
+A plan that agrees is exact for every weight, and one that cannot be made to agree raises and names the weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from gradshield_fast.capture import Site
+from gradshield_fast.direction import Direction, Entry
+from gradshield_fast.layers import Context, make_rule, method_of
+from gradshield_fast.layout import Layout
+from gradshield_fast.universal import CHAIN, UniversalRule
+
+Key = tuple[str, str]
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+@dataclass
+class Plan:
+    """Sites of every weight of a direction.
+
+    Attributes:
+        model: the model.
+        direction: the direction.
+        context: what the rules share.
+        sites_of: weight's name -> the (module name, method) pairs that together cover its uses.
+        known_layouts: what calibration saw, by site; None before.
+        expected_uses: what calibration saw, by weight; None before.
+    """
+
+    model: nn.Module
+    direction: Direction
+    context: Context
+    sites_of: dict[str, list[Key]] = field(default_factory=dict)
+    known_layouts: dict[Key, set[Layout]] | None = None
+    expected_uses: dict[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Start with the rule of each owning module's class."""
+        self.modules = dict(self.model.named_modules(remove_duplicate=False))
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        owners: dict[int, list[tuple[str, str]]] = {}
+        seen: set[tuple[int, str]] = set()
+        for name, module in self.modules.items():
+            for local, weight in module._parameters.items():
+                # one module reached by two names is one owner
+                if weight is not None and (id(module), local) not in seen:
+                    seen.add((id(module), local))
+                    owners.setdefault(id(weight), []).append((name, local))
+        self._owners = {name: owners[id(parameters[name])] for name in self.direction.names}
+        self._parameters = {name: parameters[name] for name in self.direction.names}
+        for name, places in self._owners.items():
+            self.sites_of[name] = self._tidy(
+                [self._callable(module, method_of(self.modules[module], local)) for module, local in places]
+            )
+
+    def _callable(self, module: str, method: str) -> Key:
+        """Go up from containers, which are never called, to a module that is."""
+        while module and isinstance(self.modules[module], CONTAINERS):
+            module, method = module.rpartition(".")[0], CHAIN[0]
+        return (module, method)
+
+    @staticmethod
+    def _tidy(keys: list[Key]) -> list[Key]:
+        """Drop repeats, and sites inside the subtree of a universal site, which covers their uses."""
+        keys = list(dict.fromkeys(keys))
+        covers = [k for k in keys if k[1] in CHAIN]
+        inside = {
+            k for k in keys for c in covers if k != c and (k[0] == c[0] or c[0] == "" or k[0].startswith(c[0] + "."))
+        }
+        # two universal methods at one module: the later in the chain stays
+        return [k for k in keys if k not in inside] or keys[-1:]
+
+    def promote(self, weight: str, site: Key, *, same_module: bool) -> bool:
+        """Replace one site of a weight by a more general one.
+
+        Args:
+            weight: the weight's name.
+            site: the site that failed.
+            same_module: try the universal rule at the same module before its parent.
+
+        Returns:
+            Whether there was something more general left.
+        """
+        module, method = site
+        if same_module and method not in CHAIN:
+            new = (module, CHAIN[0])
+        elif module == "":
+            return False
+        else:
+            new = self._callable(module.rpartition(".")[0], CHAIN[0])
+        self.sites_of[weight] = self._tidy([new if key == site else key for key in self.sites_of[weight]])
+        return True
+
+    def next_method(self, site: Key) -> None:
+        """Move every weight of a universal site on to the next way of that rule, or to the parent after the last.
+
+        Args:
+            site: the site whose method an operator does not support.
+        """
+        module, method = site
+        for weight, keys in self.sites_of.items():
+            if site not in keys:
+                continue
+            if method == CHAIN[-1]:
+                self.promote(weight, site, same_module=False)
+            else:
+                new = (module, CHAIN[CHAIN.index(method) + 1])
+                self.sites_of[weight] = self._tidy([new if key == site else key for key in keys])
+
+    def weights_at(self, site: Key) -> list[str]:
+        """List the weights that a site scores.
+
+        Args:
+            site: its key.
+
+        Returns:
+            Their names.
+        """
+        return [weight for weight, keys in self.sites_of.items() if site in keys]
+
+    def methods(self) -> dict[str, list[str]]:
+        """Say which rule scores which weight, for the record of a run.
+
+        Returns:
+            "method @ module" of each use, by weight.
+        """
+        return {
+            weight: [f"{method} @ {module or '(model)'}" for module, method in keys]
+            for weight, keys in self.sites_of.items()
+        }
+
+    def entries(self, weight: str) -> list[Entry | None]:
+        """Give a weight's entry in each direction.
+
+        Args:
+            weight: its name.
+
+        Returns:
+            One entry or None for each direction.
+        """
+        return [part.get(weight) for part in self.direction.parts]
+
+    def sites(self, *, split: bool = False) -> list[Site]:
+        """Build the sites with their rules.
+
+        Args:
+            split: give each weight of a universal site a rule of its own, so that its share can be told apart.
+
+        Returns:
+            One site for each module that the scorer listens to.
+        """
+        sites: dict[str, Site] = {}
+        universal: dict[Key, dict[str, str]] = {}
+        for weight, keys in self.sites_of.items():
+            for module, method in keys:
+                site = sites.setdefault(module, Site(module, self.modules[module]))
+                if method in CHAIN:
+                    universal.setdefault((module, method), {})[weight] = self._local(weight, module)
+                else:
+                    device = self._parameters[weight].device
+                    rule = make_rule(method, weight, self.entries(weight), device, self.context)
+                    site.rules.setdefault((module, method), []).append(rule)
+        for key, weights in universal.items():
+            for group in [{weight: local} for weight, local in weights.items()] if split else [weights]:
+                entries = {weight: self.entries(weight) for weight in group}
+                rule = UniversalRule(key, self.modules[key[0]], group, entries, self.context)
+                sites[key[0]].universals.append(rule)
+        return list(sites.values())
+
+    def _local(self, weight: str, module: str) -> str:
+        """Name of a weight inside a module's subtree."""
+        prefix = f"{module}." if module else ""
+        for owner, local in self._owners[weight]:
+            path = f"{owner}.{local}" if owner else local
+            if path.startswith(prefix):
+                return path[len(prefix) :]
+        raise AssertionError(f"{weight} is not inside {module}")
+
+
+def accumulate(model: nn.Module) -> torch.dtype:
+    """Give the dtype that a model's scores are worked out in.
+
+    Args:
+        model: the model.
+
+    Returns:
+        float64 for a float64 model, else float32.
+    """
+    doubles = any(p.dtype == torch.float64 for p in model.parameters())
+    return torch.float64 if doubles else torch.float32

@@ -1,0 +1,244 @@
+"""What one batch's backward pass adds up to: dot products, position terms and squared norms, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from gradshield_fast.errors import ScoringError
+from gradshield_fast.layout import Layout, RowAxisLost, by_row, layout_of, sum_rows, sum_tokens
+from gradshield_fast.ops import ghost_inner, ghost_norm_sq
+
+Key = tuple[str, str]
+
+
+class Tally:
+    """Sums of one batch, in float64, on one device.
+
+    Attributes:
+        dot: Float64[Tensor, "rows directions"].
+        token_dot: Float64[Tensor, "rows tokens directions"] or None.
+        norm_sq: Float64[Tensor, "rows"] or None; complete after `finish`.
+        by_weight: weight's name -> Float64[Tensor, "rows directions"] and the same of its terms' magnitudes; kept only
+            while a plan is checked.
+        layouts: site's key -> the layouts its calls had.
+        fired: (site's key) of every site whose output gradient arrived.
+        uses: weight's name -> number of times its rule ran.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        tokens: int,
+        directions: int,
+        device: torch.device,
+        *,
+        norms: bool,
+        token_scores: bool,
+        backend: str,
+        expected_uses: Mapping[str, int] | None,
+        known_layouts: Mapping[Key, set[Layout]] | None,
+        by_weight: bool = False,
+    ) -> None:
+        """Start at zero.
+
+        Args:
+            rows: rows of the batch.
+            tokens: tokens of the padded batch.
+            directions: K.
+            device: where the sums live.
+            norms: keep squared norms.
+            token_scores: keep position terms.
+            backend: the backend that the norm's op runs on.
+            expected_uses: weight's name -> uses seen at calibration; None while calibrating.
+            known_layouts: site's key -> layouts seen at calibration; None while calibrating.
+            by_weight: also keep the dot products of each weight.
+        """
+        self.rows, self.tokens, self.directions, self.device = rows, tokens, directions, device
+        self.dot = torch.zeros(rows, directions, dtype=torch.float64, device=device)
+        self.token_dot = (
+            torch.zeros(rows, tokens, directions, dtype=torch.float64, device=device) if token_scores else None
+        )
+        self.norm_sq = torch.zeros(rows, dtype=torch.float64, device=device) if norms else None
+        self.by_weight: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = {} if by_weight else None
+        self.norm_by_weight: dict[str, torch.Tensor] = {}
+        self.backend = backend
+        self.layouts: dict[Key, set[Layout]] = {}
+        self.fired: set[Key] = set()
+        self.uses: dict[str, int] = {}
+        self._expected_uses, self._known_layouts = expected_uses, known_layouts
+        self._matrix_uses: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._vector_uses: dict[str, torch.Tensor] = {}
+
+    def layout(self, site: Key, lead: tuple[int, ...]) -> Layout:
+        """Find the layout of a call, and hold it against what calibration saw.
+
+        Args:
+            site: the site's key.
+            lead: leading axes of the call's output.
+
+        Returns:
+            The layout.
+
+        Raises:
+            RowAxisLost: there is none, calibration never saw this site or saw another layout, or position terms are
+                asked for and the layout has no token axis.
+        """
+        layout = layout_of(lead, self.rows, self.tokens)
+        if layout is None or (self.token_dot is not None and layout.kind != "flat" and layout.token_axis is None):
+            raise RowAxisLost(site, lead)
+        if self._known_layouts is not None and layout not in self._known_layouts.get(site, ()):
+            # with one row every layout sums to the same; position terms still need the calibrated one
+            if self.rows > 1 or self.token_dot is not None or site not in self._known_layouts:
+                raise RowAxisLost(site, lead)
+        self.layouts.setdefault(site, set()).add(layout)
+        self.fired.add(site)
+        return layout
+
+    def add(self, weight: str, u: torch.Tensor, layout: Layout) -> None:
+        """Add the position terms of one use of a weight.
+
+        Args:
+            weight: its name.
+            u: Float[Tensor, "lead... directions"].
+            layout: where the rows are in `lead`.
+        """
+        per_token = sum_tokens(u, layout, self.rows, self.tokens) if self.token_dot is not None else None
+        if per_token is not None and self.token_dot is not None:
+            self.token_dot += per_token.to(self.device)
+        magnitude = sum_rows(u.abs(), layout, self.rows) if self.by_weight is not None else None
+        self.add_rows(weight, sum_rows(u, layout, self.rows), magnitude)
+
+    def add_rows(self, weight: str, s: torch.Tensor, magnitude: torch.Tensor | None = None) -> None:
+        """Add the dot products of one use of a weight.
+
+        Args:
+            weight: its name.
+            s: Float64[Tensor, "rows directions"].
+            magnitude: sums of the terms' absolute values; None: those of `s`.
+        """
+        s = s.to(self.device)
+        self.dot += s
+        self.uses[weight] = self.uses.get(weight, 0) + 1
+        if self.by_weight is not None:
+            dot, terms = self.share(weight)
+            self.by_weight[weight] = (dot + s, terms + (s.abs() if magnitude is None else magnitude.to(self.device)))
+
+    def share(self, weight: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give one weight's dot products and the magnitudes of its terms; zeros for a weight that was not used.
+
+        Args:
+            weight: its name.
+
+        Returns:
+            Two of Float64[Tensor, "rows directions"].
+        """
+        none = torch.zeros_like(self.dot)
+        return (self.by_weight or {}).get(weight, (none, none))
+
+    def norm_of(self, weight: str) -> torch.Tensor:
+        """Give one weight's norms; zeros for a weight that was not used. Complete after `finish`.
+
+        Args:
+            weight: its name.
+
+        Returns:
+            Float64[Tensor, "rows"].
+        """
+        none = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
+        return self.norm_by_weight.get(weight, none).clamp_min(0).sqrt()
+
+    def add_matrix_norm(self, weight: str, left: torch.Tensor, right: torch.Tensor, layout: Layout) -> None:
+        """Take in one use of a matrix weight as factors, G[n] = sum_t left[t] right[t]^T, for the squared norm.
+
+        Args:
+            weight: its name.
+            left: Float[Tensor, "lead... rows_of_weight"], or Int[Tensor, "lead..."] for one-hot rows.
+            right: Float[Tensor, "lead... cols_of_weight"].
+            layout: where the batch's rows are in `lead`.
+        """
+        if self.norm_sq is None:
+            return
+        left = left.reshape(self.rows, -1) if not left.is_floating_point() else by_row(left, layout, self.rows)
+        right = by_row(right, layout, self.rows)
+        if self._expected_uses is not None and self._expected_uses.get(weight) == 1:
+            self._once(weight, ghost_norm_sq(_flat(right), _flat(left), self._bounds(left), backend=self.backend))
+        else:
+            self._matrix_uses.setdefault(weight, []).append((left, right))
+
+    def add_vector_norm(self, weight: str, v: torch.Tensor, layout: Layout) -> None:
+        """Take in one use of a vector weight, whose per-example gradient is a sum over positions.
+
+        Args:
+            weight: its name.
+            v: Float[Tensor, "lead... d"], position terms of the gradient.
+            layout: where the batch's rows are in `lead`.
+        """
+        if self.norm_sq is None:
+            return
+        summed = by_row(v, layout, self.rows).sum(1, dtype=torch.float64)
+        self._vector_uses[weight] = self._vector_uses[weight] + summed if weight in self._vector_uses else summed
+
+    def add_norm_sq(self, weight: str, norm_sq: torch.Tensor) -> None:
+        """Take in the whole squared norm of a weight that is used once.
+
+        Args:
+            weight: its name.
+            norm_sq: Float[Tensor, "rows"].
+        """
+        if self.norm_sq is not None:
+            self._once(weight, norm_sq)
+
+    def finish(self) -> None:
+        """Add the norms of weights with several uses, cross terms included.
+
+        Raises:
+            ScoringError: two uses of one weight see different numbers of positions.
+        """
+        if self.norm_sq is None:
+            return
+        for weight, uses in self._matrix_uses.items():
+            total = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
+            if len({left.shape[1] for left, _ in uses}) > 1:
+                raise ScoringError(
+                    f"norms: weight '{weight}' is used at {sorted({left.shape[1] for left, _ in uses})} positions a "
+                    "row; its cross term needs equal ones. Score without norms, or leave the weight out of the direction"
+                )
+            for i, (left, right) in enumerate(uses):
+                for j in range(i + 1):
+                    inner = ghost_inner(
+                        _flat(left),
+                        _flat(right),
+                        _flat(uses[j][0]).to(left.device),
+                        _flat(uses[j][1]).to(left.device),
+                        self._bounds(left),
+                        backend=self.backend,
+                    )
+                    total += (1 if i == j else 2) * inner.to(self.device, torch.float64)
+            self._record(weight, total)
+        for weight, v in self._vector_uses.items():
+            self._record(weight, v.square().sum(-1))
+        self._matrix_uses.clear()
+        self._vector_uses.clear()
+
+    def _bounds(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.arange(self.rows + 1, dtype=torch.int32) * x.shape[1]
+
+    def _once(self, weight: str, norm_sq: torch.Tensor) -> None:
+        if weight in self.norm_by_weight:
+            raise ScoringError(
+                f"norms: weight '{weight}' was used more often in this batch than at calibration, so that a cross "
+                "term is missing; score without norms, or leave the weight out of the direction"
+            )
+        self._record(weight, norm_sq)
+
+    def _record(self, weight: str, norm_sq: torch.Tensor) -> None:
+        assert self.norm_sq is not None
+        self.norm_by_weight[weight] = norm_sq.to(self.device, torch.float64)
+        self.norm_sq += self.norm_by_weight[weight]
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """Merge rows and positions."""
+    return x.reshape(-1, *x.shape[2:])
