@@ -1,0 +1,222 @@
+"""Scores to a cut-off: GradShield's adaptive threshold."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from gradshield_fast.errors import InputError
+from gradshield_fast.mixture import Mixture, fit_mixture
+
+MIN_SCORES = 10  # with fewer scores a mixture fits noise
+OVERLAP = 0.05  # expected share of one component's scores that get the other one's label, from which on we warn
+_MAX = float(np.finfo(np.float64).max)
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A cut-off and how it came about. Rows with a score above `value` are removed; equal to it is kept.
+
+    Attributes:
+        value: the cut-off, finite, in the unit of the scores.
+        kind: which branch of the rule chose it.
+        log_likelihoods: (L1, L2), in nats, of one Gaussian and of the mixture; nan where not fitted.
+        components: the Gaussians behind `value` as {"weight", "mean", "std"}, by ascending mean.
+        warnings: sentences for a person, empty when nothing is unusual.
+        n: number of scores.
+        alpha: the L2 - L1 that the mixture had to exceed, in nats.
+    """
+
+    value: float
+    kind: Literal["two_gaussians", "one_gaussian"]
+    log_likelihoods: tuple[float, float]
+    components: tuple[dict[str, float], ...]
+    warnings: tuple[str, ...]
+    n: int
+    alpha: float
+
+    def removes(self, scores: ArrayLike) -> NDArray[np.bool_]:
+        """Which scores the cut removes.
+
+        Args:
+            scores: real numbers, any shape.
+
+        Returns:
+            Bool array shaped like `scores`, True where score > value.
+
+        Raises:
+            InputError: a score is NaN or infinite. NaN > value would be False, and a broken row would pass as safe.
+        """
+        values = np.asarray(scores)
+        _checked(values.reshape(-1), "Cut.removes")
+        return values.astype(np.float64) > self.value
+
+    def to_dict(self) -> dict[str, Any]:
+        """The cut as plain JSON values; a log-likelihood that was not fitted is None."""
+        return {
+            "value": self.value,
+            "kind": self.kind,
+            "log_likelihoods": [x if math.isfinite(x) else None for x in self.log_likelihoods],
+            "components": [dict(c) for c in self.components],
+            "warnings": list(self.warnings),
+            "n": self.n,
+            "alpha": self.alpha,
+        }
+
+
+def fit_threshold(scores: ArrayLike, alpha: float | None = None, random_state: int = 0) -> Cut:
+    """Choose the score above which rows are removed.
+
+        L1 = max over one Gaussian,  L2 = max over w0 N(m0, s0^2) + w1 N(m1, s1^2)      of sum_i ln p(score_i), nats
+        L2 - L1 > alpha:  label(i) = argmax_k posterior_k(score_i);  t = min(max{score: label 0}, max{score: label 1})
+        otherwise:        t = mu + 2 sigma                                               (sigma with 1/n)
+        remove rows with score > t
+
+    The rule is the paper's; three things about it are worth knowing, and each is reported in `Cut.warnings` when met:
+
+    - It never asks which component is the larger. If the upper one is, most rows are removed.
+    - Components of different width share out the line in three pieces, not two: the wider one wins in both far tails.
+      Where that is the upper component, its rows in the far *lower* tail stay below t and are kept. Where it is the
+      lower one and a score lies in its upper tail, t jumps to the top of the *upper* component, and that is kept.
+    - One Gaussian always loses its upper 2.3 %, harmful or not; five scores or fewer never lose any.
+
+    The likelihood of a mixture is unbounded, so both standard deviations are kept above 0.05 of the scores' own (see
+    `mixture.MIN_STD`). The result does not depend on the order of the scores, and for c > 0 scores c x + d give the cut
+    c t + d up to rounding.
+
+    Args:
+        scores: real numbers, [n], FIHS of the rows that could be scored.
+        alpha: by how many nats the mixture must be better. The paper's value is not known to us; the default
+            1.5 ln(n) prices the mixture's three extra parameters as the Bayesian information criterion does.
+        random_state: seed of the fit's random starts.
+
+    Returns:
+        The cut.
+
+    Raises:
+        InputError: no scores, not a list of real numbers, NaN or infinite (positions named), or alpha is not finite.
+
+    Source: arXiv 2605.14194, the adaptive-threshold algorithm.
+    """
+    raw = np.asarray(scores)
+    x = np.sort(_checked(raw, "fit_threshold"))
+    if alpha is not None and not math.isfinite(alpha):
+        raise InputError(
+            f"fit_threshold: alpha must be a finite number of nats, got {alpha}. The default is 1.5 ln(n)."
+        )
+    n, price = x.size, float(1.5 * math.log(x.size) if alpha is None else alpha)
+
+    # Scaling by a power of two is exact and keeps squares of huge and of tiny scores in range.
+    exponent = math.frexp(float(np.abs(x).max()))[1]
+    u = np.ldexp(x, -exponent)
+    mean, std = float(u.mean()), float(u.std())
+    resolution = float(np.finfo(raw.dtype if raw.dtype.kind == "f" else np.float64).eps)
+    if u[-1] - u[0] <= 4 * resolution:  # |u| < 1, so this is the rounding of the scores themselves
+        only = {"weight": 1.0, "mean": float(x[n // 2]), "std": 0.0}
+        warning = f"all {n} scores are equal to {x[-1]:.6g}: nothing is removed"
+        return Cut(float(x[-1]), "one_gaussian", (math.nan, math.nan), (only,), (warning,), n, price)
+
+    def back(value: float) -> float:
+        with np.errstate(over="ignore"):
+            return float(np.clip(np.ldexp(value, exponent), -_MAX, _MAX))
+
+    unit = n * (math.log(std) + exponent * math.log(2.0))  # ln p(score) = ln p(z) - unit / n
+    one = -0.5 * n * (1.0 + math.log(2.0 * math.pi)) - unit
+    z = (u - mean) / std
+    notes: list[str] = []
+    two = math.nan
+    if n < MIN_SCORES:
+        notes.append(f"only {n} scores: too few for two components, so the cut is mean + 2 standard deviations")
+    else:
+        mixture = fit_mixture(z, seed=random_state)
+        two = mixture.log_likelihood - unit
+        odds = mixture.log_odds(z)
+        upper = odds > 0
+        if two - one > price and upper.any() and not upper.all():
+            value = float(min(x[upper].max(), x[~upper].max()))
+            parts = tuple(
+                {"weight": float(w), "mean": back(mean + std * m), "std": back(std * s)}
+                for w, m, s in zip(mixture.weights, mixture.means, mixture.stds, strict=True)
+            )
+            notes += _mixture_warnings(mixture, odds, x, value)
+            notes += _below_zero(x, value)
+            return Cut(value, "two_gaussians", (one, two), parts, tuple(notes), n, price)
+        if two - one > price:
+            notes.append("two Gaussians fit better, but one of them wins no score: the cut is taken from one Gaussian")
+    value = back(mean + 2.0 * std)
+    removed = int((x > value).sum())
+    if removed and n >= MIN_SCORES:
+        notes.append(
+            f"no second group of scores: mean + 2 standard deviations removes {removed} of {n} rows, and would remove "
+            "about 2.3 % of a harmless corpus too"
+        )
+    notes += _below_zero(x, value)
+    only = {"weight": 1.0, "mean": back(mean), "std": back(std)}
+    return Cut(value, "one_gaussian", (one, two), (only,), tuple(notes), n, price)
+
+
+def _checked(raw: NDArray[Any], who: str) -> Floats:
+    """`raw` as a float64 vector without NaN and infinities, else an InputError that begins with `who`."""
+    if raw.ndim != 1 or (raw.size and raw.dtype.kind not in "fiu"):
+        raise InputError(f"{who}: scores must be a list of real numbers, got {raw.dtype} of shape {raw.shape}.")
+    if raw.size == 0:
+        raise InputError(f"{who}: there are no scores. Could no row of the corpus be scored?")
+    values = raw.astype(np.float64)
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+        named = ", ".join(f"{i} ({values[i]})" for i in bad[:5].tolist())
+        raise InputError(
+            f"{who}: scores must be finite: got {bad.size} that are not, at position {named}"
+            f"{', ...' if bad.size > 5 else ''}. Leave out rows that could not be scored."
+        )
+    return values
+
+
+def _mixture_warnings(mixture: Mixture, odds: Floats, x: Floats, value: float) -> list[str]:
+    """What a person should know before trusting the cut of a mixture; `odds` and `x` are sorted by score."""
+    upper, notes = odds > 0, []
+    removed, n = int((x > value).sum()), x.size
+    for side, count in (("lower", int((~upper).sum())), ("upper", int(upper.sum()))):
+        if count < 3:
+            notes.append(f"the {side} component holds {count} of {n} scores: outliers, not a group, decide the cut")
+    if mixture.means[1] - mixture.means[0] < mixture.stds.max():
+        notes.append(
+            "the two components share a centre, which looks like one group with heavy tails and not like two groups: "
+            f"the cut takes the {removed} of {n} rows above the narrow one"
+        )
+        return notes
+    if mixture.weights[0] < mixture.weights[1]:
+        notes.append(
+            f"the lower component is the smaller one (weight {mixture.weights[0]:.2f}): {removed} of {n} rows go"
+        )
+    lost = 1.0 / (1.0 + np.exp(np.minimum(np.abs(odds), 700.0)))  # posterior of the component that lost
+    error = max(float(lost[upper].mean()), float(lost[~upper].mean()))
+    if error > OVERLAP:
+        notes.append(f"the two components overlap: about {error:.0%} of the rows on one side belong to the other")
+    low_end = int(np.argmin(upper))  # leading scores with the upper label
+    high_end = int(np.argmax(upper[::-1]))  # trailing scores with the lower label
+    if low_end:
+        notes.append(f"the {low_end} lowest scores fit the wide upper component better; they are kept all the same")
+    if high_end:
+        kept = int((upper & (x <= value)).sum())
+        notes.append(
+            f"the {high_end} highest scores fit the wide lower component better, which puts the cut on top of the "
+            f"upper one: {kept} rows labelled with that are kept. Look at the scores, or set the threshold by hand"
+        )
+    return notes
+
+
+def _below_zero(x: Floats, value: float) -> list[str]:
+    """A warning when rows are removed that a first-order step calls harmless."""
+    count = int(((x > value) & (x < 0)).sum())
+    if not count:
+        return []
+    return [
+        f"the cut is below zero: {count} of the removed rows have a negative score, so a step on them raises safety"
+    ]
