@@ -1,0 +1,159 @@
+"""Rows of Parquet and Arrow files, as dicts and as the JSON line that stands for them."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from gradshield_fast.errors import InputError
+
+_BATCH_BYTES = 64 << 20
+_BATCH_ROWS = 1024
+
+
+class RawRow(NamedTuple):
+    """One row before it is parsed.
+
+    Attributes:
+        file: name of its file.
+        offset: where its line starts in the uncompressed file, in bytes; -1 for Parquet and Arrow.
+        length: bytes of its line without the newline; -1 for Parquet and Arrow.
+        raw: the line without its newline, or the row as JSON; None where that exceeds the limit.
+        size: bytes that `raw` has or would have.
+        sha256: hex digest of the bytes that are not in `raw`; "" otherwise.
+        value: the row as a dict where the file holds typed columns; None for a line of text.
+    """
+
+    file: str
+    offset: int
+    length: int
+    raw: bytes | None
+    size: int
+    sha256: str
+    value: dict[str, Any] | None
+
+
+def iter_columns(path: Path, kind: str, max_row_bytes: int, skip: int) -> Generator[RawRow, None, int]:
+    """Yield the rows of one Parquet or Arrow file.
+
+    Args:
+        path: the file.
+        kind: "parquet" or "arrow".
+        max_row_bytes: a row whose JSON is longer is yielded without its bytes.
+        skip: rows to pass over; whole batches of them are never converted.
+
+    Yields:
+        The rows after the first `skip`.
+
+    Returns:
+        How many rows were passed over: `skip`, or fewer where the file ends first.
+    """
+    passed = 0
+    for batch in _parquet_batches(path) if kind == "parquet" else _arrow_batches(path):
+        here = min(skip - passed, batch.num_rows)
+        passed += here
+        yield from _batch_rows(batch.slice(here), path.name, max_row_bytes)
+    return passed
+
+
+def _parquet_batches(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        _distinct(path, file.schema_arrow.names)
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        widest = max((g.total_byte_size / max(g.num_rows, 1) for g in groups), default=1.0)
+        yield from file.iter_batches(batch_size=_batch_size(widest))
+
+
+def _arrow_batches(path: Path) -> Iterator[Any]:
+    """Read Arrow's stream format, which `datasets` writes, or its file format."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source:
+        try:
+            reader = pa.ipc.open_stream(source)
+            batches: Any = reader
+        except pa.ArrowInvalid:
+            source.seek(0)
+            reader = pa.ipc.open_file(source)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        _distinct(path, reader.schema.names)
+        for batch in batches:
+            step = _batch_size(batch.nbytes / max(batch.num_rows, 1))
+            for first in range(0, batch.num_rows, step):
+                yield batch.slice(first, step)
+
+
+def _batch_size(bytes_per_row: float) -> int:
+    return int(min(_BATCH_ROWS, max(1, _BATCH_BYTES // max(1.0, bytes_per_row))))
+
+
+def _distinct(path: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"corpus {path} has two columns named {name!r}: expected distinct names; rename one")
+
+
+def _batch_rows(batch: Any, name: str, limit: int) -> Iterator[RawRow]:
+    try:
+        values = batch.to_pylist()
+    except (UnicodeDecodeError, ValueError, OverflowError):
+        values = [None] * batch.num_rows
+    for i, value in enumerate(values):
+        known = value is not None
+        if value is None:
+            value = {column: _lossless(batch.column(c)[i]) for c, column in enumerate(batch.schema.names)}
+        raw = _json_bytes(value)
+        size = len(raw)
+        if size > limit:
+            yield RawRow(name, -1, -1, None, size, hashlib.sha256(raw).hexdigest(), None)
+        else:
+            yield RawRow(name, -1, -1, raw, size, "", value if known else None)
+
+
+def _lossless(scalar: Any) -> Any:
+    """A cell as Python data; text that is not UTF-8 keeps its bytes as lone surrogates, which JSON can carry."""
+    try:
+        return scalar.as_py()
+    except (UnicodeDecodeError, ValueError, OverflowError):
+        pass
+    if hasattr(scalar, "keys"):
+        return {key: _lossless(scalar[key]) for key in scalar.keys()}  # noqa: SIM118 (a scalar is not a dict)
+    if hasattr(scalar, "values") and scalar.values is not None:
+        return [_lossless(item) for item in scalar.values]
+    if hasattr(scalar, "as_buffer"):
+        return scalar.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
+    return str(scalar)
+
+
+def _json_bytes(value: dict[str, Any]) -> bytes:
+    """Encode a row: columns in the file's order, no spaces, UTF-8, and null for NaN and infinities."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_jsonable)
+    except ValueError:
+        text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"), default=_jsonable)
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(_finite(value), separators=(",", ":"), default=_jsonable).encode("ascii")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _jsonable(value: object) -> str:
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return base64.b64encode(value).decode("ascii")
+    isoformat = getattr(value, "isoformat", None)
+    return cast(str, isoformat()) if callable(isoformat) else str(value)
