@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
+
 import torch
 
 from gradshield_fast.capture import capture
 from gradshield_fast.errors import ScoringError
 from gradshield_fast.layout import RowAxisLost
-from gradshield_fast.losses import IGNORE, PaddedBatch, row_losses
+from gradshield_fast.losses import IGNORE, Call, PaddedBatch, accepts, row_losses
 from gradshield_fast.oracle import Truth, autograd_truth
-from gradshield_fast.plan import Plan
+from gradshield_fast.plan import Plan, all_of
 from gradshield_fast.tally import Tally
 from gradshield_fast.universal import CHAIN, MethodFailed
 
@@ -51,46 +54,58 @@ def trial_batch(batch: PaddedBatch) -> PaddedBatch:
 class Calibration:
     """The trial of a plan against autograd on one small batch. The model must be frozen and in evaluation mode."""
 
-    def __init__(self, plan: Plan, batch: PaddedBatch, *, positions: bool, token_scores: bool) -> None:
+    def __init__(self, plan: Plan, batch: PaddedBatch, call: Call, *, token_scores: bool) -> None:
         """Work out autograd's answer.
 
         Args:
             plan: the plan, which `settle` changes.
             batch: the first batch to be scored, from which the trial's tokens are drawn.
-            positions: whether the model takes `position_ids`.
+            call: how the model is called; with an attention mask if it turns out to need one.
             token_scores: whether position terms are wanted.
 
         Raises:
-            ScoringError: a row's loss changes with its batch mates or with padding.
+            ScoringError: a row's loss changes with its batch mates or with padding, or autograd fails on the model.
         """
-        self.plan, self.positions, self.token_scores = plan, positions, token_scores
+        self.plan, self.token_scores = plan, token_scores
         self.batch = trial_batch(batch)
         dtypes = {p.dtype for p in plan.model.parameters() if p.is_floating_point()}
         self.tolerance = max(TOLERANCE.get(dtype, 0.1) for dtype in dtypes)
         self.noise = max(NOISE.get(dtype, 0.03) for dtype in dtypes)
-        self.truth: Truth = autograd_truth(
-            plan.model, plan.direction, self.batch, positions=positions, reduction="mean"
-        )
-        self._check_independence()
+        self.call = self._independent(call)
+        try:
+            self.truth: Truth = autograd_truth(plan.model, plan.direction, self.batch, self.call)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ScoringError(f"autograd itself cannot differentiate this model: {error}") from error
 
-    def _check_independence(self) -> None:
-        """A score of a row must be that row's own: its loss alone and in the batch must agree."""
-        for row, length in ((0, TOKENS), (ROWS - 1, SHORT)):
-            alone = PaddedBatch(
-                self.batch.input_ids[row : row + 1, :length],
-                self.batch.attention_mask[row : row + 1, :length],
-                self.batch.labels[row : row + 1, :length],
-                self.batch.source[row : row + 1, :length],
-            )
-            with torch.no_grad():
-                loss = float(row_losses(self.plan.model, alone, positions=self.positions, reduction="mean"))
-            together = float(self.truth.loss[row])
+    def _independent(self, call: Call) -> Call:
+        """Find a way to call the model in which a row's loss is its own, alone and padded in a batch.
+
+        Raises:
+            ScoringError: there is none.
+        """
+        choices = [call]
+        if accepts(self.plan.model, "attention_mask"):
+            choices.append(dataclasses.replace(call, mask=True))
+        for choice in choices:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # reentrant checkpointing warns where nothing is differentiated
+                together = row_losses(self.plan.model, self.batch, choice).double()
+                singles = [
+                    row_losses(self.plan.model, self.batch.row(n, length), choice).double()
+                    for n, length in ((0, TOKENS), (ROWS - 1, SHORT))
+                ]
+            alone, together = torch.cat(singles).cpu(), together[[0, ROWS - 1]].cpu()
             # many models work in float32 inside whatever their dtype, so a float64 model earns no tighter bound here
-            if not abs(loss - together) <= max(1e-4, self.tolerance) * (1 + abs(together)):
-                raise ScoringError(
-                    f"the model's loss of a row depends on its batch mates or on padding ({loss:.6g} alone, "
-                    f"{together:.6g} in a batch); score with one row a batch (--batch-tokens 1), or check the model"
-                )
+            if bool(((alone - together).abs() <= max(1e-4, self.tolerance) * (1 + together.abs())).all()):
+                return choice
+        if not bool(torch.isfinite(alone).all() & torch.isfinite(together).all()):
+            raise ScoringError("the model's loss is not finite on a short row; are its weights damaged (NaN)?")
+        raise ScoringError(
+            f"the model's loss of a row depends on its batch mates or on padding ({alone.tolist()} alone, "
+            f"{together.tolist()} in a batch); a score would not be the row's own"
+        )
 
     def settle(self) -> None:
         """Change the plan until every weight agrees with autograd, and record layouts and uses.
@@ -108,9 +123,9 @@ class Calibration:
                         raise ScoringError(f"weight '{weight}': {lost}") from lost
                 continue
             except MethodFailed as failed:
-                if failed.site == ("", CHAIN[-1]):
-                    raise ScoringError(f"weights {plan.weights_at(failed.site)}: {failed}") from failed
-                plan.next_method(failed.site)
+                weights = plan.weights_at(failed.site)
+                if not plan.next_method(failed.site):
+                    raise ScoringError(f"weights {weights}: {failed}") from failed
                 continue
             wrong = self._wrong(tally)
             if not wrong and not (plan.context.norms and self._split_norms(tally)):
@@ -138,7 +153,7 @@ class Calibration:
         with capture(plan.model, plan.sites(split=True)) as state:
             state.tally = tally
             with torch.enable_grad():
-                losses = row_losses(plan.model, batch, positions=self.positions, reduction="mean")
+                losses = row_losses(plan.model, batch, self.call)
                 if losses.requires_grad:
                     losses.sum().backward()
             tally.finish()
@@ -169,18 +184,18 @@ class Calibration:
         keys = list(plan.sites_of[weight])
         silent = [key for key in keys if key not in tally.fired]
         if silent and len(silent) < len(keys):
-            return all([plan.promote(weight, key, same_module=False) for key in silent])
+            return all_of([plan.promote(weight, key, same_module=False) for key in silent])
         by_class = [key for key in keys if key[1] not in CHAIN and key in tally.fired]
         if by_class:
-            return all([plan.promote(weight, key, same_module=True) for key in by_class])
-        return all([plan.promote(weight, key, same_module=False) for key in keys])
+            return all_of([plan.promote(weight, key, same_module=True) for key in by_class])
+        return all_of([plan.promote(weight, key, same_module=key in tally.fired) for key in keys])
 
     def _split_norms(self, tally: Tally) -> bool:
         """Bring a weight's several uses under one universal site: only there does its norm include cross terms."""
         changed = False
         for weight, keys in list(self.plan.sites_of.items()):
             if tally.uses.get(weight, 0) > 1 and any(method in CHAIN for _, method in keys):
-                changed |= all([self.plan.promote(weight, key, same_module=False) for key in keys])
+                changed |= all_of([self.plan.promote(weight, key, same_module=False) for key in keys])
         return changed
 
     def _give_up(self, weights: list[str], tally: Tally) -> None:

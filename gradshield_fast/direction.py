@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +17,6 @@ if TYPE_CHECKING:
     from gradshield_fast.safety import SafetyProbes
 
 Entry = torch.Tensor | LowRank
-FORMAT = "gradshield_fast.direction.1"
 
 
 class Direction:
@@ -279,6 +275,7 @@ class Direction:
             InputError: it does not fit; the message names the weight.
         """
         weights = dict(model.named_parameters(remove_duplicate=False))
+        first: dict[int, str] = {}
         for name in self.names:
             if name not in weights:
                 close = [n for n in weights if n.endswith(name) or name.endswith(n)][:1] or list(weights)[:1]
@@ -291,6 +288,9 @@ class Direction:
                     f"direction: weight '{name}' is {tuple(weights[name].shape)} in the model, "
                     f"but {self.shape(name)} in the direction"
                 )
+            other = first.setdefault(id(weights[name]), name)
+            if other != name:
+                raise InputError(f"direction: '{other}' and '{name}' are one weight in the model; name it once")
         made_for = self.meta.get("model")
         if made_for and made_for != model_fingerprint(model):
             raise InputError(
@@ -307,29 +307,10 @@ class Direction:
         Raises:
             InputError: the file cannot be written.
         """
-        from safetensors.torch import save_file
+        from gradshield_fast.direction_file import write
 
-        tensors: dict[str, torch.Tensor] = {}
-        for k, part in enumerate(self.parts):
-            for name, entry in part.items():
-                if isinstance(entry, LowRank):
-                    tensors[f"{k}/p/{name}"], tensors[f"{k}/q/{name}"] = entry.p, entry.q
-                else:
-                    tensors[f"{k}/r/{name}"] = entry
-        tensors = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
         head = {"count": self.count, "residual": self.residual, "residuals": self.residuals, "meta": self.meta}
-        path = Path(path)
-        try:
-            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-            os.close(handle)
-            try:
-                save_file(tensors, temporary, metadata={"format": FORMAT, "direction": json.dumps(head)})
-                os.replace(temporary, path)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
-        except OSError as error:
-            raise InputError(f"{path}: cannot write the direction: {error.strerror or error}") from error
+        write(Path(path), self.parts, head)
 
     @classmethod
     def load(cls, path: str | Path, model: torch.nn.Module | None = None) -> Direction:
@@ -345,19 +326,12 @@ class Direction:
         Raises:
             InputError: the file is missing or not of that form, or it was made for another model.
         """
-        from safetensors import SafetensorError, safe_open
+        from gradshield_fast.direction_file import read
 
-        path = Path(path)
-        if not path.is_file():
-            raise InputError(f"{path}: no such direction file; make one with `gradshield-fast direction`")
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-            head = json.loads(metadata["direction"]) if metadata.get("format") == FORMAT else None
-        except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{path}: not a readable safetensors file ({error}); make the direction again") from error
-        out = cls(tensors) if head is None else _unpack(path, tensors, head)
+        parts, head = read(Path(path))
+        out = cls(parts[0], meta=head.get("meta"))
+        out.parts = tuple({name: _checked(name, entry) for name, entry in part.items()} for part in parts)
+        out.residual, out.residuals = head.get("residual", 0.0), head.get("residuals", {})
         if model is not None:
             try:
                 out.check(model)
@@ -394,18 +368,3 @@ def _load_moments(source: Mapping[str, torch.Tensor] | str | Path) -> tuple[Mapp
         return load_file(str(source)), str(source)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{source}: cannot read the second moment as safetensors: {error}") from error
-
-
-def _unpack(path: Path, tensors: dict[str, torch.Tensor], head: dict[str, Any]) -> Direction:
-    parts: list[dict[str, Entry]] = [{} for _ in range(head["count"])]
-    for key, tensor in tensors.items():
-        k, kind, name = key.split("/", 2)
-        if kind == "p":
-            parts[int(k)][name] = LowRank(tensor, tensors[f"{k}/q/{name}"])
-        elif kind == "r":
-            parts[int(k)][name] = tensor
-    if not all(parts):
-        raise InputError(f"{path}: a direction in the file has no tensors; make the direction again")
-    out = Direction(parts[0], meta=head["meta"])
-    out.parts, out.residual, out.residuals = tuple(parts), head["residual"], head["residuals"]
-    return out

@@ -45,6 +45,19 @@ class PaddedBatch:
         """Number of tokens of a row, padding included."""
         return self.input_ids.shape[1]
 
+    def row(self, n: int, length: int) -> PaddedBatch:
+        """Take one row out, without its padding.
+
+        Args:
+            n: the row.
+            length: its tokens.
+
+        Returns:
+            A batch of one.
+        """
+        place = (slice(n, n + 1), slice(0, length))
+        return PaddedBatch(self.input_ids[place], self.attention_mask[place], self.labels[place], self.source[place])
+
 
 def padded_batch(batch: Mapping[str, Any], device: torch.device, vocabulary: int | None) -> PaddedBatch:
     """Check a batch and bring it to the right-padded form.
@@ -112,20 +125,39 @@ def _whole(x: Any, name: str) -> torch.Tensor:
     return t.long()
 
 
-def takes_positions(model: torch.nn.Module) -> bool:
-    """Say whether a model's forward takes `position_ids`.
+def accepts(model: torch.nn.Module, argument: str) -> bool:
+    """Say whether a model's forward takes an argument by name.
 
     Args:
         model: a model of transformers, or a PEFT model around one.
+        argument: the argument's name.
 
     Returns:
         Whether it does.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "position_ids" in inspect.signature(base.forward).parameters  # pyright: ignore[reportCallIssue]
+    unwrap: Any = getattr(model, "get_base_model", None)
+    base = model if unwrap is None else unwrap()
+    return argument in inspect.signature(base.forward).parameters
 
 
-def row_losses(model: torch.nn.Module, batch: PaddedBatch, *, positions: bool, reduction: str) -> torch.Tensor:
+@dataclass(frozen=True)
+class Call:
+    """How a model is called.
+
+    Attributes:
+        positions: pass `position_ids`, one row of them for each row, so that a position embedding keeps rows apart.
+        mask: pass the attention mask. Rows are padded on the right, so a causal model needs none, runs faster without,
+            and has no query that may look at nothing (softmax over nothing is NaN in some attention kernels). A model
+            that does need it is found at calibration.
+        reduction: "mean" over a row's labelled tokens, or "sum".
+    """
+
+    positions: bool
+    mask: bool
+    reduction: str
+
+
+def row_losses(model: torch.nn.Module, batch: PaddedBatch, call: Call) -> torch.Tensor:
     """Fine-tuning loss of every row, summed by ourselves: the model's own loss is a mean over the batch's tokens.
 
         loss[n] = sum over the row's labelled tokens of -log p(token | what comes before), divided by their number
@@ -134,8 +166,7 @@ def row_losses(model: torch.nn.Module, batch: PaddedBatch, *, positions: bool, r
     Args:
         model: the model.
         batch: the rows.
-        positions: pass `position_ids`, one row of them for each row, so that a position embedding keeps rows apart.
-        reduction: "mean" or "sum".
+        call: how the model is called.
 
     Returns:
         Float[Tensor, "rows"], nats, float32 (float64 for a float64 model); 0 for a row without labels.
@@ -143,8 +174,10 @@ def row_losses(model: torch.nn.Module, batch: PaddedBatch, *, positions: bool, r
     Raises:
         ScoringError: the model's logits are not one for each token.
     """
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    if positions:
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids}
+    if call.mask:
+        inputs["attention_mask"] = batch.attention_mask
+    if call.positions:
         inputs["position_ids"] = torch.arange(batch.tokens, device=batch.input_ids.device).repeat(batch.rows, 1)
     logits = model(**inputs, use_cache=False).logits
     if logits.shape[:2] != batch.input_ids.shape:
@@ -163,7 +196,7 @@ def row_losses(model: torch.nn.Module, batch: PaddedBatch, *, positions: bool, r
     # one-hot sums of few rows: deterministic on every device, where index_add is not
     member = torch.nn.functional.one_hot(row_of, batch.rows).to(nll.dtype)
     losses = _no_poison(member, nll)
-    return losses / counts.clamp_min(1) if reduction == "mean" else losses
+    return losses / counts.clamp_min(1) if call.reduction == "mean" else losses
 
 
 def _no_poison(member: torch.Tensor, nll: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from gradshield_fast.direction import Direction, Entry
-from gradshield_fast.losses import PaddedBatch, row_losses
+from gradshield_fast.losses import Call, PaddedBatch, row_losses
 from gradshield_fast.lowrank import LowRank
 
 
@@ -30,9 +30,7 @@ class Truth:
     norm_sq: dict[str, torch.Tensor]
 
 
-def autograd_truth(
-    model: torch.nn.Module, direction: Direction, batch: PaddedBatch, *, positions: bool, reduction: str
-) -> Truth:
+def autograd_truth(model: torch.nn.Module, direction: Direction, batch: PaddedBatch, call: Call) -> Truth:
     """Score every row of a small batch by a backward pass of its own, with real weight gradients.
 
     Each weight's gradient is read and freed as soon as it is complete, so that one of them is alive at a time.
@@ -42,8 +40,7 @@ def autograd_truth(
         model: the model.
         direction: the directions.
         batch: the rows; a few, short ones.
-        positions: whether the model takes `position_ids`.
-        reduction: "mean" or "sum".
+        call: how the model is called.
 
     Returns:
         The truth.
@@ -82,7 +79,7 @@ def autograd_truth(
                 weight.register_post_accumulate_grad_hook(lambda w, name=name: read(name, w))  # pyright: ignore
             )
         with torch.enable_grad():
-            losses = row_losses(model, batch, positions=positions, reduction=reduction)
+            losses = row_losses(model, batch, call)
             for row in range(rows):
                 if losses[row].requires_grad:
                     losses[row].backward(retain_graph=row + 1 < rows)

@@ -88,14 +88,15 @@ class Plan:
         Args:
             weight: the weight's name.
             site: the site that failed.
-            same_module: try the universal rule at the same module before its parent.
+            same_module: try what is left of the universal rule's ways at the same module before its parent.
 
         Returns:
             Whether there was something more general left.
         """
         module, method = site
-        if same_module and method not in CHAIN:
-            new = (module, CHAIN[0])
+        ways = CHAIN if method not in CHAIN else CHAIN[CHAIN.index(method) + 1 :]
+        if same_module and ways:
+            new = (module, ways[0])
         elif module == "":
             return False
         else:
@@ -103,21 +104,16 @@ class Plan:
         self.sites_of[weight] = self._tidy([new if key == site else key for key in self.sites_of[weight]])
         return True
 
-    def next_method(self, site: Key) -> None:
-        """Move every weight of a universal site on to the next way of that rule, or to the parent after the last.
+    def next_method(self, site: Key) -> bool:
+        """Move every weight of a site on to the next way of the universal rule, or to the parent after the last.
 
         Args:
             site: the site whose method an operator does not support.
+
+        Returns:
+            Whether there was something left for each.
         """
-        module, method = site
-        for weight, keys in self.sites_of.items():
-            if site not in keys:
-                continue
-            if method == CHAIN[-1]:
-                self.promote(weight, site, same_module=False)
-            else:
-                new = (module, CHAIN[CHAIN.index(method) + 1])
-                self.sites_of[weight] = self._tidy([new if key == site else key for key in keys])
+        return all_of([self.promote(weight, site, same_module=True) for weight in self.weights_at(site)])
 
     def weights_at(self, site: Key) -> list[str]:
         """List the weights that a site scores.
@@ -200,3 +196,15 @@ def accumulate(model: nn.Module) -> torch.dtype:
     """
     doubles = any(p.dtype == torch.float64 for p in model.parameters())
     return torch.float64 if doubles else torch.float32
+
+
+def all_of(results: list[bool]) -> bool:
+    """Say whether every one of several promotions was made; a list, since each must be tried whatever came before.
+
+    Args:
+        results: what each returned.
+
+    Returns:
+        Whether all are true.
+    """
+    return all(results)

@@ -16,12 +16,12 @@ from gradshield_fast.direction import Direction
 from gradshield_fast.errors import InputError, ScoringError
 from gradshield_fast.layers import Context
 from gradshield_fast.layout import RowAxisLost
-from gradshield_fast.losses import IGNORE, PaddedBatch, eager_experts, padded_batch, row_losses, takes_positions
+from gradshield_fast.losses import IGNORE, Call, PaddedBatch, accepts, eager_experts, padded_batch, row_losses
 from gradshield_fast.ops import dispatch
 from gradshield_fast.oracle import autograd_truth
-from gradshield_fast.plan import Plan, accumulate
+from gradshield_fast.plan import Plan, accumulate, all_of
 from gradshield_fast.tally import Tally
-from gradshield_fast.universal import CHAIN, MethodFailed
+from gradshield_fast.universal import MethodFailed
 
 VERIFY_BOUND = {torch.float64: 1e-9, torch.float32: 1e-5}
 """Allowed error of `verify`, in units of sum |grad loss * r|, by the model's dtype; 1e-3 for 16-bit models, whose
@@ -100,8 +100,8 @@ class Scorer:
         self.model, self.direction, self.backend = model, direction, backend
         self.loss_reduction, self.norms, self.token_scores, self.verify = loss_reduction, norms, token_scores, verify
         self._dtype = accumulate(model)
-        self._positions = takes_positions(model)
-        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        self._call = Call(accepts(model, "position_ids"), mask=False, reduction=loss_reduction)
+        embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
         weight = getattr(embedding, "weight", None)
         self._device = weight.device if weight is not None else next(model.parameters()).device
         self._vocabulary = weight.shape[0] if weight is not None else None
@@ -110,7 +110,7 @@ class Scorer:
         self._scope: ExitStack | None = None
         self._hooks: ExitStack | None = None
         self._capture: Capture | None = None
-        self._calibration: Calibration | None = None
+        self._calibrated = False
 
     @property
     def methods(self) -> dict[str, list[str]]:
@@ -184,11 +184,11 @@ class Scorer:
     def _settle(self, padded: PaddedBatch) -> None:
         if self._hooks is not None:
             return
-        if self._calibration is None:
-            self._calibration = Calibration(
-                self._plan, padded, positions=self._positions, token_scores=self.token_scores
-            )
-            self._calibration.settle()
+        if not self._calibrated:
+            calibration = Calibration(self._plan, padded, self._call, token_scores=self.token_scores)
+            self._call = calibration.call
+            calibration.settle()
+            self._calibrated = True
         self._hooks = ExitStack()
         self._capture = self._hooks.enter_context(capture(self.model, self._plan.sites()))
 
@@ -199,16 +199,17 @@ class Scorer:
                 return self._run(padded)
             except (RowAxisLost, MethodFailed) as problem:
                 assert self._hooks is not None
-                assert self._calibration is not None
                 self._hooks.close()
                 self._hooks = self._capture = None
-                if isinstance(problem, MethodFailed) and problem.site != ("", CHAIN[-1]):
-                    self._plan.next_method(problem.site)
+                weights = self._plan.weights_at(problem.site)
+                if isinstance(problem, MethodFailed):
+                    left = self._plan.next_method(problem.site)
                 else:
-                    for weight in self._plan.weights_at(problem.site):
-                        if not self._plan.promote(weight, problem.site, same_module=False):
-                            raise ScoringError(f"weight '{weight}': {problem}") from problem
-                self._calibration.settle()
+                    left = all_of([self._plan.promote(w, problem.site, same_module=False) for w in weights])
+                if not left:
+                    raise ScoringError(f"weights {weights}: {problem}") from problem
+                # autograd's answer is worked out again, on tokens of the batch that showed the problem
+                self._calibrated = False
                 self._settle(padded)
 
     def _run(self, padded: PaddedBatch, *, by_weight: bool = False) -> tuple[torch.Tensor, Tally]:
@@ -229,7 +230,7 @@ class Scorer:
         self._capture.tally = tally
         try:
             with torch.enable_grad():
-                losses = row_losses(self.model, padded, positions=self._positions, reduction=self.loss_reduction)
+                losses = row_losses(self.model, padded, self._call)
                 if losses.requires_grad:
                     losses.sum().backward()
             tally.finish()
@@ -244,15 +245,8 @@ class Scorer:
             return
         row = int(usable[0])
         length = int(padded.attention_mask[row].sum())
-        alone = PaddedBatch(
-            padded.input_ids[row : row + 1, :length],
-            padded.attention_mask[row : row + 1, :length],
-            padded.labels[row : row + 1, :length],
-            padded.source[row : row + 1, :length],
-        )
-        truth = autograd_truth(
-            self.model, self.direction, alone, positions=self._positions, reduction=self.loss_reduction
-        )
+        alone = padded.row(row, length)
+        truth = autograd_truth(self.model, self.direction, alone, self._call)
         bound = VERIFY_BOUND.get(next(self.model.parameters()).dtype, 1e-3)
         scale = torch.stack(list(truth.size.values())).sum(0)
         _, single = self._run(alone, by_weight=True)

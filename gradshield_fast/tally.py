@@ -88,9 +88,10 @@ class Tally:
         layout = layout_of(lead, self.rows, self.tokens)
         if layout is None or (self.token_dot is not None and layout.kind != "flat" and layout.token_axis is None):
             raise RowAxisLost(site, lead)
-        if self._known_layouts is not None and layout not in self._known_layouts.get(site, ()):
+        if self._known_layouts is not None:
+            known = self._known_layouts.get(site, set())
             # with one row every layout sums to the same; position terms still need the calibrated one
-            if self.rows > 1 or self.token_dot is not None or site not in self._known_layouts:
+            if layout not in known and (self.rows > 1 or self.token_dot is not None or not known):
                 raise RowAxisLost(site, lead)
         self.layouts.setdefault(site, set()).add(layout)
         self.fired.add(site)
@@ -203,7 +204,7 @@ class Tally:
             if len({left.shape[1] for left, _ in uses}) > 1:
                 raise ScoringError(
                     f"norms: weight '{weight}' is used at {sorted({left.shape[1] for left, _ in uses})} positions a "
-                    "row; its cross term needs equal ones. Score without norms, or leave the weight out of the direction"
+                    "row; its cross term needs equal ones. Score without norms, or leave it out of the direction"
                 )
             for i, (left, right) in enumerate(uses):
                 for j in range(i + 1):

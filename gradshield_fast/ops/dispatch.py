@@ -1,4 +1,4 @@
-"""Choosing a backend for an op: `auto` takes the first that can run, a named one that cannot run raises and says why."""
+"""Choosing a backend for an op: `auto` takes the first that can run, a named one that cannot raises with its reason."""
 
 from __future__ import annotations
 

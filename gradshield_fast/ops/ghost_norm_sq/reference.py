@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from gradshield_fast.ops.checks import accumulate_dtype
@@ -54,7 +56,7 @@ def ghost_inner(
     factors = (left1, right1, left2, right2)
     dtype = accumulate_dtype(*(x for x in factors if x.is_floating_point()))
     out = torch.zeros(len(bounds) - 1, dtype=dtype, device=left1.device)
-    for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for n, (start, end) in enumerate(pairwise(bounds)):
         l1, r1, l2, r2 = (x[start:end] for x in factors)
         tokens = end - start
         if all(x.ndim == 2 for x in factors) and tokens * (l1.shape[1] + r1.shape[1]) > l1.shape[1] * r1.shape[1]:
