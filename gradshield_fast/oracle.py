@@ -9,6 +9,7 @@ import torch
 from gradshield_fast.direction import Direction, Entry
 from gradshield_fast.losses import Call, PaddedBatch, row_losses
 from gradshield_fast.lowrank import LowRank
+from gradshield_fast.ops.checks import accumulate_dtype
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ def autograd_truth(model: torch.nn.Module, direction: Direction, batch: PaddedBa
         return {name: torch.zeros(*shape, dtype=torch.float64) for name in weights}
 
     truth = Truth(torch.zeros(rows), zeros(rows, count), zeros(rows, count), zeros(rows, count), zeros(rows))
+    # sums run in float64; the products need no more than the model's own precision, and every weight passes here
+    dtype = accumulate_dtype(*weights.values())
     row = 0
 
     def read(name: str, weight: torch.Tensor) -> None:
@@ -60,14 +63,14 @@ def autograd_truth(model: torch.nn.Module, direction: Direction, batch: PaddedBa
         weight.grad = None
         if g is None:
             return
-        g = g.double()
-        truth.norm_sq[name][row] += g.square().sum().cpu()
+        g = g.to(dtype)
+        truth.norm_sq[name][row] += _norm(g, 2).square()
         for k, part in enumerate(direction.parts):
             if name in part:
-                product = g * _dense(part[name]).to(g.device, torch.float64)
-                truth.dot[name][row, k] += product.sum().cpu()
-                truth.size[name][row, k] += product.abs().sum().cpu()
-                truth.spread[name][row, k] += product.square().sum().sqrt().cpu()
+                product = g * _dense(part[name]).to(g.device, dtype)
+                truth.dot[name][row, k] += product.sum(dtype=torch.float64).cpu()
+                truth.size[name][row, k] += _norm(product, 1)
+                truth.spread[name][row, k] += _norm(product, 2)
 
     before = {name: weight.grad for name, weight in weights.items()}
     handles = []
@@ -90,6 +93,10 @@ def autograd_truth(model: torch.nn.Module, direction: Direction, batch: PaddedBa
             weight.requires_grad_(False)
             weight.grad = before[name]
     return Truth(losses.detach().double().cpu(), truth.dot, truth.size, truth.spread, truth.norm_sq)
+
+
+def _norm(x: torch.Tensor, order: int) -> torch.Tensor:
+    return torch.linalg.vector_norm(x, order, dtype=torch.float64).cpu()
 
 
 def _dense(entry: Entry) -> torch.Tensor:

@@ -185,19 +185,6 @@ class Plan:
         raise AssertionError(f"{weight} is not inside {module}")
 
 
-def accumulate(model: nn.Module) -> torch.dtype:
-    """Give the dtype that a model's scores are worked out in.
-
-    Args:
-        model: the model.
-
-    Returns:
-        float64 for a float64 model, else float32.
-    """
-    doubles = any(p.dtype == torch.float64 for p in model.parameters())
-    return torch.float64 if doubles else torch.float32
-
-
 def all_of(results: list[bool]) -> bool:
     """Say whether every one of several promotions was made; a list, since each must be tried whatever came before.
 

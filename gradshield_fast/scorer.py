@@ -18,8 +18,9 @@ from gradshield_fast.layers import Context
 from gradshield_fast.layout import RowAxisLost
 from gradshield_fast.losses import IGNORE, Call, PaddedBatch, accepts, eager_experts, padded_batch, row_losses
 from gradshield_fast.ops import dispatch
+from gradshield_fast.ops.checks import accumulate_dtype
 from gradshield_fast.oracle import autograd_truth
-from gradshield_fast.plan import Plan, accumulate, all_of
+from gradshield_fast.plan import Plan, all_of
 from gradshield_fast.tally import Tally
 from gradshield_fast.universal import MethodFailed
 
@@ -99,7 +100,7 @@ class Scorer:
         direction.check(model)
         self.model, self.direction, self.backend = model, direction, backend
         self.loss_reduction, self.norms, self.token_scores, self.verify = loss_reduction, norms, token_scores, verify
-        self._dtype = accumulate(model)
+        self._dtype = accumulate_dtype(*model.parameters())
         self._call = Call(accepts(model, "position_ids"), mask=False, reduction=loss_reduction)
         embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
         weight = getattr(embedding, "weight", None)
