@@ -6,8 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-EXACT_SIDE = 2048
-"""Up to this short side the factors come from an eigendecomposition in float64, above it from a randomised one."""
+OVERSAMPLE = 16
+"""Columns that the randomised factors are found with beyond the rank; they are dropped at the end."""
+
+EXACT_SHARE = 4
+"""A rank this many times smaller than the short side is found by a randomised range finder: O(rows cols rank) instead of
+O(short^3), and with four power iterations the residual is within 1e-3 of the best one's."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,12 @@ def factor(r: torch.Tensor, *, rank: int | None, energy: float | None) -> tuple[
         The factors in r's dtype, and the squared norm that they drop.
     """
     short = min(r.shape)
-    if short <= EXACT_SIDE or energy is not None:
-        basis, squares = _eigenbasis(r)
+    if rank is not None and short >= EXACT_SHARE * (rank + OVERSAMPLE):
+        basis, squares = _random_basis(r, rank)
+        x = r
     else:
-        basis, squares = _random_basis(r, rank or short)
+        basis, squares = _eigenbasis(r)
+        x = r.double()
     total = float(r.double().square().sum())
     if energy is not None:
         kept = torch.cumsum(squares, 0)
@@ -88,12 +94,12 @@ def factor(r: torch.Tensor, *, rank: int | None, energy: float | None) -> tuple[
     basis = basis[:, :k]
     if r.shape[0] >= r.shape[1]:
         q = basis
-        p = r.double() @ q
+        p = x @ q
     else:  # the basis spans the columns of r: r ~ u (r^T u)^T; orthonormalise q so that both cases store one form
-        p, q = basis, r.double().T @ basis
+        p, q = basis, x.T @ basis
         q, upper = torch.linalg.qr(q)
         p = p @ upper.T
-    dropped = max(0.0, total - float(p.square().sum()))
+    dropped = max(0.0, total - float(p.double().square().sum()))
     return LowRank(p.to(r.dtype), q.to(r.dtype)), dropped
 
 
@@ -109,7 +115,7 @@ def _random_basis(r: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
     """Randomised singular vectors of the short side (arXiv:0909.4061), with a seed of its own."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(r.double(), q=min(rank + 16, *r.shape), niter=4)
+        u, s, v = torch.svd_lowrank(r, q=rank + OVERSAMPLE, niter=4)
     return _fix_signs(v if r.shape[0] >= r.shape[1] else u), s.square()
 
 
