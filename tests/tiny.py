@@ -55,7 +55,7 @@ def save_tiny(folder: Path, *, broken: bool = False, seed: int = 0) -> Path:
     model = LlamaForCausalLM(config)
     if broken:
         with torch.no_grad():
-            model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+            model.get_parameter("model.layers.0.mlp.up_proj.weight")[0, 0] = float("nan")
     model.save_pretrained(folder)
     return folder
 

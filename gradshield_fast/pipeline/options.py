@@ -1,0 +1,182 @@
+"""What a run was asked to do; grouped by the step that the options reach."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gradshield_fast.corpus import MAX_ROW_BYTES
+from gradshield_fast.errors import InputError
+
+DEFAULT_RANK = 16
+SAFETY_SCORES = ("refusal_logprob", "refusal_margin")
+NORMALIZATIONS = ("none", "cosine")
+REDUCTIONS = ("mean", "sum")
+
+
+@dataclass(frozen=True)
+class CorpusOptions:
+    """Which rows.
+
+    Attributes:
+        path: As for `read_corpus`.
+        format: As for `read_corpus`.
+        columns: As for `read_corpus`.
+        max_row_bytes: As for `read_corpus`.
+    """
+
+    path: Path
+    format: str | None = None
+    columns: Mapping[str, str] | None = None
+    max_row_bytes: int = MAX_ROW_BYTES
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model; as for `load_model`."""
+
+    name: str
+    adapter: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class DirectionOptions:
+    """Which direction: files, or how to build one from probes.
+
+    Attributes:
+        files: Saved directions, stacked if there are several; then nothing is built.
+        probes: A probes file; None: the bundled probes.
+        score: The safety score whose gradient is the direction.
+        weights: Regular expression on the names of the weights; None: those that training would change.
+        rank: Compress to this rank; 0 keeps the direction dense; None: `DEFAULT_RANK` for a direction that is built,
+            as it is for one from a file.
+        energy: Compress to this share of each weight's squared norm instead.
+        second_moment: safetensors file of Adam's second moments, to score an Adam step.
+        batch_tokens: Tokens of a batch of probes.
+        allow_unaligned: Go on where the safety score would mislead on this model.
+    """
+
+    files: tuple[Path, ...] = ()
+    probes: Path | None = None
+    score: str = "refusal_logprob"
+    weights: str | None = None
+    rank: int | None = None
+    energy: float | None = None
+    second_moment: Path | None = None
+    batch_tokens: int = 2048
+    allow_unaligned: bool = False
+
+    def __post_init__(self) -> None:
+        if self.score not in SAFETY_SCORES:
+            raise InputError(f"--score must be one of {', '.join(SAFETY_SCORES)}: got {self.score!r}")
+        if self.rank is not None and self.energy is not None:
+            raise InputError("--rank and --energy both say how far to compress the direction; give one of them")
+        if self.rank is not None and self.rank < 0:
+            raise InputError(f"--rank must be 0 (keep the direction dense) or more: got {self.rank}")
+        if self.files:
+            built = {"--probes": self.probes, "--weights": self.weights, "--second-moment": self.second_moment}
+            for option, value in built.items():
+                if value is not None:
+                    raise InputError(f"{option} is for building a direction, but --direction names a finished one")
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """How the rows are scored.
+
+    Attributes:
+        max_length: Rows are cut to as many tokens; None: the model's context length.
+        template: Jinja source of a chat template, or the name of one of the tokenizer's; None: the tokenizer's.
+        batch_tokens: Tokens of a batch, padding included.
+        part_rows: Rows of a part, the unit that is committed and resumed.
+        normalize: "none": the dot product; "cosine": divided by the norms of gradient and direction.
+        norms: Also record the gradient norms (the cosine does).
+        loss_reduction: "mean" over a row's response tokens, or "sum".
+        backend: Backend of the ops.
+        verify: Hold one row against autograd before anything is scored.
+    """
+
+    max_length: int | None = None
+    template: str | None = None
+    batch_tokens: int = 2048
+    part_rows: int = 1024
+    normalize: str = "none"
+    norms: bool = False
+    loss_reduction: str = "mean"
+    backend: str = "auto"
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        if self.normalize not in NORMALIZATIONS:
+            raise InputError(f"--normalize must be one of {', '.join(NORMALIZATIONS)}: got {self.normalize!r}")
+        if self.loss_reduction not in REDUCTIONS:
+            raise InputError(f"--loss-reduction must be one of {', '.join(REDUCTIONS)}: got {self.loss_reduction!r}")
+        for option, value in (("--batch-tokens", self.batch_tokens), ("--part-rows", self.part_rows)):
+            if value < 1:
+                raise InputError(f"{option} must be at least 1: got {value}")
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether the scorer has to work out gradient norms."""
+        return self.norms or self.normalize == "cosine"
+
+
+@dataclass(frozen=True)
+class CutOptions:
+    """Where the line is drawn between kept and dropped rows.
+
+    Attributes:
+        alpha: How much better two Gaussians must fit than one; None: the default of `fit_threshold`.
+        value: Drop rows above this score, whatever their distribution.
+        seed: Seed of the mixture's fit.
+        direction: Which direction's score decides, where several were stacked.
+    """
+
+    alpha: float | None = None
+    value: float | None = None
+    seed: int = 0
+    direction: int = 0
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and self.value is not None:
+            raise InputError("--alpha is for fitting the threshold and --threshold sets it; give one of them")
+        for option, number in (("--alpha", self.alpha), ("--threshold", self.value)):
+            if number is not None and not math.isfinite(number):
+                raise InputError(f"{option} must be a finite number: got {number}")
+        if self.direction < 0:
+            raise InputError(f"--direction-index counts from 0: got {self.direction}")
+
+    @property
+    def column(self) -> str:
+        """Name of the score column that decides."""
+        return fihs_column(self.direction)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """All of it; `cut` is None for a run that stops at the scores."""
+
+    corpus: CorpusOptions
+    model: ModelOptions
+    out: Path
+    direction: DirectionOptions = field(default_factory=DirectionOptions)
+    scoring: ScoringOptions = field(default_factory=ScoringOptions)
+    cut: CutOptions | None = field(default_factory=CutOptions)
+
+
+def fihs_column(direction: int) -> str:
+    """Name the column of a direction's scores.
+
+    Args:
+        direction: Its position in the stack.
+
+    Returns:
+        `fihs` for the first, `fihs_1` for the second, and so on.
+    """
+    return "fihs" if direction == 0 else f"fihs_{direction}"

@@ -1,0 +1,169 @@
+"""The scores of a fixed range of rows, in one Parquet file that appears whole or not at all."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gradshield_fast.errors import InputError
+from gradshield_fast.pipeline.folder import RunFolder, write_whole
+from gradshield_fast.pipeline.options import fihs_column
+
+SCORED = ("ok", "truncated")
+"""Statuses of the rows that have a score."""
+
+
+@dataclass
+class Part:
+    """Scores of consecutive rows; numbers are NaN where there is none.
+
+    Attributes:
+        row: int64 [rows], positions in the corpus.
+        id: The rows' own ids.
+        fihs: float32 [rows, directions].
+        grad_norm: float32 [rows].
+        loss: float32 [rows].
+        tokens: int32 [rows]; 0 for a row that could not be encoded.
+        response_tokens: int32 [rows].
+        status: "ok", "truncated", or why the row has no score.
+        reason: A sentence for a person where the status is not "ok".
+    """
+
+    row: np.ndarray
+    id: list[str]
+    fihs: np.ndarray
+    grad_norm: np.ndarray
+    loss: np.ndarray
+    tokens: np.ndarray
+    response_tokens: np.ndarray
+    status: list[str]
+    reason: list[str]
+
+    @classmethod
+    def blank(cls, first: int, rows: int, directions: int) -> Part:
+        """Make a part without a score.
+
+        Args:
+            first: Position of its first row.
+            rows: How many it has.
+            directions: Scores of each row.
+
+        Returns:
+            The part.
+        """
+        return cls(
+            row=np.arange(first, first + rows, dtype=np.int64),
+            id=[""] * rows,
+            fihs=np.full((rows, directions), np.nan, dtype=np.float32),
+            grad_norm=np.full(rows, np.nan, dtype=np.float32),
+            loss=np.full(rows, np.nan, dtype=np.float32),
+            tokens=np.zeros(rows, dtype=np.int32),
+            response_tokens=np.zeros(rows, dtype=np.int32),
+            status=["not_scored"] * rows,
+            reason=[""] * rows,
+        )
+
+    @property
+    def scored(self) -> np.ndarray:
+        """Bool [rows]: the row has a score."""
+        return np.array([status in SCORED for status in self.status], dtype=bool)
+
+    def fail(self, position: int, status: str, reason: str) -> None:
+        """Give a row a status that says why it has no score.
+
+        Args:
+            position: The row's position in the corpus.
+            status: The reason's code.
+            reason: The reason.
+        """
+        i = position - int(self.row[0])
+        self.status[i], self.reason[i] = status, reason
+        self.fihs[i], self.grad_norm[i] = np.nan, np.nan
+
+
+def part_path(folder: RunFolder, number: int) -> Path:
+    """Name the file of a part.
+
+    Args:
+        folder: The run's folder.
+        number: The part, from 0.
+
+    Returns:
+        Its path.
+    """
+    return folder.scores / f"part-{number:05d}.parquet"
+
+
+def write_part(path: Path, part: Part) -> None:
+    """Write a part.
+
+    Args:
+        path: From `part_path`.
+        part: The scores.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def numbers(values: np.ndarray) -> pa.Array:
+        return pa.array(values, type=pa.float32(), mask=np.isnan(values))
+
+    columns = {"row": pa.array(part.row), "id": pa.array(part.id, type=pa.string())}
+    columns |= {fihs_column(k): numbers(part.fihs[:, k]) for k in range(part.fihs.shape[1])}
+    columns |= {
+        "grad_norm": numbers(part.grad_norm),
+        "loss": numbers(part.loss),
+        "tokens": pa.array(part.tokens),
+        "response_tokens": pa.array(part.response_tokens),
+        "status": pa.array(part.status, type=pa.string()),
+        "reason": pa.array(part.reason, type=pa.string()),
+    }
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def read_parts(folder: RunFolder, count: int) -> Part:
+    """Read every part of a run, in order.
+
+    Args:
+        folder: The run's folder.
+        count: How many parts it has.
+
+    Returns:
+        The scores of all rows.
+
+    Raises:
+        InputError: A part is missing or damaged; running the same command again makes it anew.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    tables = []
+    for number in range(count):
+        path = part_path(folder, number)
+        try:
+            tables.append(pq.read_table(path))
+        except FileNotFoundError as error:
+            raise InputError(f"{path} is missing; run the same command again, and it is scored anew") from error
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{path} is damaged ({error}); delete it and run the same command again") from error
+    table = pa.concat_tables(tables)
+
+    def numbers(name: str) -> np.ndarray:
+        return table[name].to_numpy(zero_copy_only=False).astype(np.float32)
+
+    scores = [name for name in table.column_names if name == "fihs" or name.startswith("fihs_")]
+    return Part(
+        row=table["row"].to_numpy(),
+        id=table["id"].to_pylist(),
+        fihs=np.stack([numbers(name) for name in scores], axis=1),
+        grad_norm=numbers("grad_norm"),
+        loss=numbers("loss"),
+        tokens=table["tokens"].to_numpy(),
+        response_tokens=table["response_tokens"].to_numpy(),
+        status=table["status"].to_pylist(),
+        reason=table["reason"].to_pylist(),
+    )
