@@ -1,4 +1,4 @@
-"""Everything that can be declared is in pyproject.toml; this file is where compiled extensions are added to the build."""
+"""What can be declared is declared in pyproject.toml; this is where compiled extensions are added to the build."""
 
 from setuptools import setup
 
