@@ -10,7 +10,7 @@ OVERSAMPLE = 16
 """Columns that the randomised factors are found with beyond the rank; they are dropped at the end."""
 
 EXACT_SHARE = 4
-"""A rank this many times smaller than the short side is found by a randomised range finder: O(rows cols rank) instead of
+"""A rank this many times smaller than the short side is found by a randomised range finder: O(rows cols rank), not
 O(short^3), and with four power iterations the residual is within 1e-3 of the best one's."""
 
 
