@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from gradshield_fast.errors import ScoringError
+from gradshield_fast.errors import InputError, ScoringError
 from gradshield_fast.layers import Rule
 from gradshield_fast.tally import Tally
-from gradshield_fast.universal import Call, UniversalRule, detached
+from gradshield_fast.universal import Call, MethodFailed, UniversalRule, detached
 
 Key = tuple[str, str]
 
@@ -83,7 +83,10 @@ class Capture:
         tally = self.tally
         a = args[0] if args else next(iter(kwargs.values()))
         version = a._version
-        kept = [(key, rule, rule.keep(module, a)) for key, rules in site.rules.items() for rule in rules]
+        kept = []
+        for key, rules in site.rules.items():
+            with _failing_as(key):
+                kept += [(key, rule, rule.keep(module, a)) for rule in rules]
 
         def arrive(g: torch.Tensor) -> None:
             if tally is None or self.tally is not tally:
@@ -95,7 +98,9 @@ class Capture:
                 )
             g = g.detach()
             for key, rule, saved in kept:
-                rule.add(saved, g, tally.layout(key, tuple(g.shape[:-1])), tally)
+                layout = tally.layout(key, tuple(g.shape[:-1]))
+                with _failing_as(key):
+                    rule.add(saved, g, layout, tally)
 
         # a projection made in the forward pass is safe from later changes of the input
         a_lives = any(_holds(saved, a) for _, _, saved in kept)
@@ -134,6 +139,19 @@ class Capture:
         call.outputs = len(live)
         for i, y in live:
             listen(i, y)
+
+
+@contextmanager
+def _failing_as(key: Key) -> Iterator[None]:
+    """Turn an op's refusal of a module's tensors into the failure of a rule guessed from the module's class."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (InputError, RuntimeError) as error:
+        if isinstance(error, ScoringError):
+            raise
+        raise MethodFailed(key, error) from error
 
 
 def _holds(saved: Any, a: torch.Tensor) -> bool:

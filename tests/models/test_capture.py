@@ -87,6 +87,14 @@ class Scaled(nn.Linear):
         return 3 * super().forward(input) + input @ self.weight
 
 
+class Grouped(nn.Linear):
+    """A subclass whose output is wider than its weight is tall: no shape fits the parent's rule."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        groups = input.unflatten(-1, (2, WIDTH // 2))
+        return torch.einsum("...gi,gio->...go", groups, self.weight.view(2, WIDTH // 2, WIDTH // 2)).flatten(-2)
+
+
 class InPlace(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -181,6 +189,7 @@ BODIES: dict[str, Callable[[], nn.Module]] = {
     "reused": Reused,
     "functional": Functional,
     "subclass": lambda: Scaled(WIDTH, WIDTH),
+    "grouped subclass": lambda: Grouped(WIDTH // 2, WIDTH, bias=False),
     "in place": InPlace,
     "permuted": Permuted,
     "flattened": Flattened,
