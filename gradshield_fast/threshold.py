@@ -14,6 +14,7 @@ from gradshield_fast.mixture import Mixture, fit_mixture
 
 MIN_SCORES = 10  # with fewer scores a mixture fits noise
 OVERLAP = 0.05  # expected share of one component's scores that get the other one's label, from which on we warn
+TAILS = 0.2  # share of the wide component's scores on its smaller side, above which its two sides are called tails
 _MAX = float(np.finfo(np.float64).max)
 
 Floats = NDArray[np.float64]
@@ -185,10 +186,15 @@ def _mixture_warnings(mixture: Mixture, odds: Floats, x: Floats, value: float) -
     for side, count in (("lower", int((~upper).sum())), ("upper", int(upper.sum()))):
         if count < 3:
             notes.append(f"the {side} component holds {count} of {n} scores: outliers, not a group, decide the cut")
-    if mixture.means[1] - mixture.means[0] < mixture.stds.max():
+    low_end = int(np.argmin(upper))  # leading scores with the upper label
+    high_end = int(np.argmax(upper[::-1]))  # trailing scores with the lower label
+    wide_is_upper = bool(mixture.stds[1] > mixture.stds[0])
+    below = low_end if wide_is_upper else int(np.argmax(upper))
+    above = int(np.argmin(upper[::-1])) if wide_is_upper else high_end
+    if min(below, above) > TAILS * (below + above):
         notes.append(
-            "the two components share a centre, which looks like one group with heavy tails and not like two groups: "
-            f"the cut takes the {removed} of {n} rows above the narrow one"
+            f"the wide component has {below} scores below the narrow one and {above} above it, which looks like one "
+            f"group with heavy tails and not like two groups: the cut takes the upper tail, {removed} of {n} rows"
         )
         return notes
     if mixture.weights[0] < mixture.weights[1]:
@@ -199,8 +205,6 @@ def _mixture_warnings(mixture: Mixture, odds: Floats, x: Floats, value: float) -
     error = max(float(lost[upper].mean()), float(lost[~upper].mean()))
     if error > OVERLAP:
         notes.append(f"the two components overlap: about {error:.0%} of the rows on one side belong to the other")
-    low_end = int(np.argmin(upper))  # leading scores with the upper label
-    high_end = int(np.argmax(upper[::-1]))  # trailing scores with the lower label
     if low_end:
         notes.append(f"the {low_end} lowest scores fit the wide upper component better; they are kept all the same")
     if high_end:

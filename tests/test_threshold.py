@@ -125,6 +125,12 @@ class TestSanity:
         assert said(cut, "heavy tails")
         assert 0 < cut.removes(x).mean() < 0.05
 
+    def test_a_wide_second_group_is_not_taken_for_tails(self):
+        x = groups(18, (240, 3, 16), (69, 75, 70))
+        cut = fit_threshold(x)
+        assert cut.components[1]["std"] > 0.8 * (cut.components[1]["mean"] - cut.components[0]["mean"])
+        assert not said(cut, "heavy tails")
+
     def test_cauchy_and_one_giant_outlier(self):
         x = np.random.default_rng(9).standard_cauchy(5000)
         assert 0 < fit_threshold(x).removes(x).mean() < 0.05
