@@ -27,6 +27,10 @@ Float64 models earn 1e-6 only, as most work in float32 inside (norms, rotary ang
 NOISE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 0.03}
 """The same in units of sum over positions of |g . y_dot|, for gradients that cancel to nothing (a key's bias)."""
 
+SAME_LOSS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.05}
+"""Allowed relative difference of a row's loss alone and in a batch: rounding in another shape, no more. A float64
+model earns no tighter bound, as many work in float32 inside."""
+
 ATTEMPTS = 200
 
 
@@ -70,6 +74,7 @@ class Calibration:
         self.batch = trial_batch(batch)
         dtypes = {p.dtype for p in plan.model.parameters() if p.is_floating_point()}
         self.tolerance = max(TOLERANCE.get(dtype, 0.1) for dtype in dtypes)
+        self.same = max(SAME_LOSS.get(dtype, 0.05) for dtype in dtypes)
         self.noise = max(NOISE.get(dtype, 0.03) for dtype in dtypes)
         self.call = self._independent(call)
         try:
@@ -80,32 +85,40 @@ class Calibration:
             raise ScoringError(f"autograd itself cannot differentiate this model: {error}") from error
 
     def _independent(self, call: Call) -> Call:
-        """Find a way to call the model in which a row's loss is its own, alone and padded in a batch.
+        """Find a way to call the model that leaves its function as it is and in which a row's loss is its own.
+
+        A row alone, called with nothing but its ids, says what the model's own loss is. Position ids are passed only if
+        they do not change it (RoBERTa's count from 2), and a mask only where padding shows without one.
 
         Raises:
             ScoringError: there is none.
         """
-        choices = [call]
-        if accepts(self.plan.model, "attention_mask"):
-            choices.append(dataclasses.replace(call, mask=True))
-        for choice in choices:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # reentrant checkpointing warns where nothing is differentiated
-                together = row_losses(self.plan.model, self.batch, choice).double()
-                singles = [
-                    row_losses(self.plan.model, self.batch.row(n, length), choice).double()
-                    for n, length in ((0, TOKENS), (ROWS - 1, SHORT))
-                ]
-            alone, together = torch.cat(singles).cpu(), together[[0, ROWS - 1]].cpu()
-            # many models work in float32 inside whatever their dtype, so a float64 model earns no tighter bound here
-            if bool(((alone - together).abs() <= max(1e-4, self.tolerance) * (1 + together.abs())).all()):
-                return choice
-        if not bool(torch.isfinite(alone).all() & torch.isfinite(together).all()):
+        masks = [False, True] if accepts(self.plan.model, "attention_mask") else [False]
+        own, worst = self._losses_alone(dataclasses.replace(call, positions=False, mask=False)), float("inf")
+        if not bool(torch.isfinite(own).all()):
             raise ScoringError("the model's loss is not finite on a short row; are its weights damaged (NaN)?")
+        for positions in dict.fromkeys([call.positions, False]):
+            for mask in masks:
+                choice = dataclasses.replace(call, positions=positions, mask=mask)
+                alone, together = self._losses_alone(choice), self._losses(self.batch, choice)[[0, ROWS - 1]]
+                off = torch.maximum((alone - own).abs(), (together - own).abs()) / (1 + own.abs())
+                if bool((off <= self.same).all()):  # a NaN is a difference
+                    return choice
+                worst = min(worst, float(off.max()))
         raise ScoringError(
-            f"the model's loss of a row depends on its batch mates or on padding ({alone.tolist()} alone, "
-            f"{together.tolist()} in a batch); a score would not be the row's own"
+            f"the model's loss of a row depends on its batch mates or on padding (by {worst:.2g} relative, at the "
+            "least); a score would not be the row's own"
         )
+
+    def _losses_alone(self, call: Call) -> torch.Tensor:
+        """Losses of the trial's first and last row, each in a batch of its own without padding."""
+        rows = ((0, TOKENS), (ROWS - 1, SHORT))
+        return torch.cat([self._losses(self.batch.row(n, length), call) for n, length in rows])
+
+    def _losses(self, batch: PaddedBatch, call: Call) -> torch.Tensor:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # reentrant checkpointing warns where nothing is differentiated
+            return row_losses(self.plan.model, batch, call).double().cpu()
 
     def settle(self) -> None:
         """Change the plan until every weight agrees with autograd, and record layouts and uses.

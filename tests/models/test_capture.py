@@ -374,6 +374,27 @@ def test_an_expert_that_calibration_never_saw_is_still_scored_right() -> None:
             assert abs(out.dot[n] - truth.dot) <= 1e-9 * truth.size
 
 
+def test_positions_that_do_not_count_from_zero_are_left_to_the_model() -> None:
+    """RoBERTa's positions begin after its padding id; passing 0, 1, 2 would score another function."""
+
+    class Offset(Tiny):
+        def __init__(self) -> None:
+            super().__init__(nn.Identity())
+            self.table = nn.Embedding(32, WIDTH).double()
+
+        def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+            self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, use_cache: bool = False
+        ) -> SimpleNamespace:
+            if position_ids is None:
+                position_ids = torch.arange(2, 2 + input_ids.shape[1]).expand_as(input_ids)
+            x = torch.tanh(self.embed(input_ids) + self.table(position_ids))
+            return SimpleNamespace(logits=self.head(x))
+
+    torch.manual_seed(0)
+    model = Offset()
+    agree(model, direction_over(model), rows_of(LENGTHS))
+
+
 def test_a_model_that_mixes_rows_is_refused() -> None:
     class Mixing(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
