@@ -253,14 +253,16 @@ def run_demo(
     out: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("demo_out"),
 ) -> int:
     """Score a bundled corpus with a real model (SmolLM2-135M-Instruct), on the CPU."""
-    from gradshield_fast.demo import demo_options, dropped_by_kind, explanation
+    from gradshield_fast.demo import benign_share, demo_options, dropped_by_kind, explanation
     from gradshield_fast.pipeline.summary import summarize
     from gradshield_fast.tables import print_kinds
 
     print(explanation())
     options = demo_options(out)
     code = _run(options, top=TOP_ROWS)
-    print_kinds(dropped_by_kind(summarize(out), options.corpus), Console())
+    kinds = dropped_by_kind(summarize(out), options.corpus)
+    print_kinds(kinds, Console())
+    print(benign_share(kinds))
     return code
 
 

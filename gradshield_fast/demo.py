@@ -11,6 +11,7 @@ from gradshield_fast.model_source import DEMO_MODEL
 from gradshield_fast.pipeline.options import CorpusOptions, DirectionOptions, ModelOptions, RunOptions
 from gradshield_fast.pipeline.summary import Summary
 
+HARMFUL = ("open_harm", "disguised")
 CORPUS = Path(__file__).parent / "data" / "demo_corpus.jsonl"
 
 
@@ -42,6 +43,19 @@ def demo_options(out: Path) -> RunOptions:
         out=out,
         direction=DirectionOptions(score="refusal_margin"),
     )
+
+
+def benign_share(kinds: Mapping[str, tuple[int, int]]) -> str:
+    """Say how many rows that mean no harm were dropped.
+
+    Args:
+        kinds: from `dropped_by_kind`.
+
+    Returns:
+        One line.
+    """
+    rows, dropped = (sum(kinds[kind][i] for kind in kinds if kind not in HARMFUL) for i in (0, 1))
+    return f"benign rows of all kinds: {dropped} of {rows} dropped ({dropped / rows:.1%})"
 
 
 def dropped_by_kind(summary: Summary, corpus: CorpusOptions) -> Mapping[str, tuple[int, int]]:

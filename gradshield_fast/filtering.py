@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from gradshield_fast.corpus_columns import RawRow
 from gradshield_fast.corpus_files import find_files, iter_raw
 from gradshield_fast.corpus_formats import check_columns
 from gradshield_fast.errors import InputError
+from gradshield_fast.files import cannot_write, sync_folder
 
 Decision = str | tuple[str, str, str]
 OUTPUTS = {"dropped": "dropped.jsonl", "unscored": "unscored.jsonl", "kept": "kept.jsonl"}
@@ -161,7 +161,7 @@ class _Output:
             self._stream.write(line)
             self._stream.write(b"\n")
         except OSError as error:
-            raise _cannot_write(self.target, error) from error
+            raise cannot_write(self.target, error) from error
 
     def complete(self) -> None:
         assert self._stream is not None
@@ -191,7 +191,7 @@ def _outputs(out_dir: Path, inputs: list[Path]) -> Iterator[dict[str, _Output]]:
     try:
         taken = [o.target for o in outputs.values() if o.target.exists() and any(map(o.target.samefile, inputs))]
     except OSError as error:
-        raise _cannot_write(out_dir, error) from error
+        raise cannot_write(out_dir, error) from error
     if taken:
         raise InputError(f"output {taken[0]} would overwrite the corpus; choose another output folder")
     try:
@@ -200,7 +200,7 @@ def _outputs(out_dir: Path, inputs: list[Path]) -> Iterator[dict[str, _Output]]:
         _each(outputs, out_dir, "complete")
         _each({"kept": outputs["kept"]}, out_dir, "retract")
         _each(outputs, out_dir, "publish")
-        _sync_folder(out_dir)
+        sync_folder(out_dir)
     finally:
         for output in outputs.values():
             output.discard()
@@ -216,25 +216,4 @@ def _each(
             current = output.target
             getattr(output, step)()
     except OSError as error:
-        raise _cannot_write(current, error) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new names last through a power cut, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _cannot_write(path: Path, error: OSError) -> InputError:
-    advice = "choose another output folder"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        advice = "free some space or choose another output folder"
-    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        advice = "choose an output folder that you may write to"
-    elif error.errno in (errno.EEXIST, errno.ENOTDIR):
-        advice = "a file is in the way of the folder: choose another one"
-    return InputError(f"cannot write {path}: {error.strerror or error}; {advice}")
+        raise cannot_write(current, error) from error

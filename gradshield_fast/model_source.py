@@ -19,10 +19,10 @@ class Source:
     """Where a model's files are.
 
     Attributes:
-        label: What the user called it, for messages.
-        location: A folder, or a name on the hub.
-        gguf: The file inside `location` when the weights are a GGUF file.
-        local_only: The hub cannot be reached: only what is already in its local cache can be used.
+        label: what the user called it, for messages.
+        location: a folder, or a name on the hub.
+        gguf: the file inside `location` when the weights are a GGUF file.
+        local_only: the hub cannot be reached: only what is already in its local cache can be used.
     """
 
     label: str
@@ -43,14 +43,14 @@ def resolve(name: str, *, allow_pickle: bool = False) -> Source:
     """Find out what a model's name means, before anything heavy is imported or read.
 
     Args:
-        name: As in `load_model`.
-        allow_pickle: Accept a folder whose only weights are pickles.
+        name: as in `load_model`.
+        allow_pickle: accept a folder whose only weights are pickles.
 
     Returns:
         Where the files are.
 
     Raises:
-        InputError: Nothing of that name is here, or it is here in a form that is refused.
+        InputError: nothing of that name is here, or it is here in a form that is refused.
     """
     if not name.strip():
         raise InputError("no model was named: --model takes a folder, a .gguf file, a hub name or smollm2-demo.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -11,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from gradshield_fast.errors import InputError
+from gradshield_fast.files import cannot_write, write_whole
 
 MANIFEST_FORMAT = "gradshield_fast.run.1"
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunFolder:
     """Names and writes the files of a run.
 
     Attributes:
-        path: The folder.
+        path: the folder.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -88,9 +87,18 @@ class RunFolder:
                 ) from error
             except OSError as error:
                 raise InputError(f"output folder {self.path} cannot be locked: {error.strerror or error}") from error
+            self._sweep()
             yield
         finally:
             os.close(handle)
+
+    def _sweep(self) -> None:
+        """Remove what a process that was killed had half written; the lock says that it is nobody's."""
+        for folder in (self.path, self.scores):
+            for pattern in (".*.tmp", f".{self.direction.name}.*"):
+                for path in folder.glob(pattern):
+                    with contextlib.suppress(OSError):
+                        path.unlink()
 
     def read_manifest(self) -> dict[str, Any] | None:
         """Read the run's record.
@@ -127,51 +135,6 @@ class RunFolder:
         write_whole(target, (json.dumps(value, indent=1) + "\n").encode("ascii"))
 
 
-def write_whole(target: Path, content: bytes) -> None:
-    """Write a file so that it is seen complete or not at all, and lasts through a power cut.
-
-    Args:
-        target: The file, replaced if it is there.
-        content: Its bytes.
-
-    Raises:
-        InputError: It cannot be written; the file is then as it was.
-    """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            with open(temporary, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _sync_folder(target.parent)
-    except OSError as error:
-        raise cannot_write(target, error) from error
-
-
-def cannot_write(path: Path, error: OSError) -> InputError:
-    """Say on one line why a file could not be written, and what to do.
-
-    Args:
-        path: The file.
-        error: What the system said.
-
-    Returns:
-        The error to raise.
-    """
-    advice = "choose another output folder"
-    if error.errno in _NO_SPACE:
-        advice = "free some space and run the same command again: what is scored stays scored"
-    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        advice = "choose an output folder that you may write to"
-    elif error.errno in (errno.EEXIST, errno.ENOTDIR):
-        advice = "a file is in the way of the folder: choose another one"
-    return InputError(f"cannot write {path}: {error.strerror or error}; {advice}")
-
-
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_bytes())
@@ -182,12 +145,3 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise InputError(f"{path} is damaged: expected a JSON object; name a new folder")
     return value
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -21,7 +21,7 @@ def identity(options: RunOptions) -> dict[str, Any]:
     """Describe a run by content, before anything heavy is loaded; where files lie does not matter.
 
     Args:
-        options: The run.
+        options: the run.
 
     Returns:
         Nested JSON values; equal for two runs that give the same scores.
@@ -48,9 +48,9 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str =
     """Name what differs between two identities.
 
     Args:
-        there: The one in the folder.
-        here: The one asked for.
-        prefix: Path of keys that leads to both.
+        there: the one in the folder.
+        here: the one asked for.
+        prefix: path of keys that leads to both.
 
     Returns:
         Entries such as "scoring.batch_tokens (2048 there, 4096 here)"; hashes only as "corpus.sha256 (...)".
@@ -71,13 +71,13 @@ def file_digest(path: Path) -> str:
     """Hash a file's content.
 
     Args:
-        path: The file.
+        path: the file.
 
     Returns:
         64 hexadecimal digits (SHA-256).
 
     Raises:
-        InputError: It cannot be read.
+        InputError: it cannot be read.
     """
     digest = hashlib.sha256()
     try:

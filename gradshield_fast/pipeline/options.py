@@ -21,10 +21,10 @@ class CorpusOptions:
     """Which rows.
 
     Attributes:
-        path: As for `read_corpus`.
-        format: As for `read_corpus`.
-        columns: As for `read_corpus`.
-        max_row_bytes: As for `read_corpus`.
+        path: as for `read_corpus`.
+        format: as for `read_corpus`.
+        columns: as for `read_corpus`.
+        max_row_bytes: as for `read_corpus`.
     """
 
     path: Path
@@ -50,16 +50,16 @@ class DirectionOptions:
     """Which direction: files, or how to build one from probes.
 
     Attributes:
-        files: Saved directions, stacked if there are several; then nothing is built.
-        probes: A probes file; None: the bundled probes.
-        score: The safety score whose gradient is the direction.
-        weights: Regular expression on the names of the weights; None: those that training would change.
-        rank: Compress to this rank; 0 keeps the direction dense; None: `DEFAULT_RANK` for a direction that is built,
+        files: saved directions, stacked if there are several; then nothing is built.
+        probes: a probes file; None: the bundled probes.
+        score: the safety score whose gradient is the direction.
+        weights: regular expression on the names of the weights; None: those that training would change.
+        rank: compress to this rank; 0 keeps the direction dense; None: `DEFAULT_RANK` for a direction that is built,
             as it is for one from a file.
-        energy: Compress to this share of each weight's squared norm instead.
+        energy: compress to this share of each weight's squared norm instead.
         second_moment: safetensors file of Adam's second moments, to score an Adam step.
-        batch_tokens: Tokens of a batch of probes.
-        allow_unaligned: Go on where the safety score would mislead on this model.
+        batch_tokens: tokens of a batch of probes.
+        allow_unaligned: go on where the safety score would mislead on this model.
     """
 
     files: tuple[Path, ...] = ()
@@ -91,15 +91,15 @@ class ScoringOptions:
     """How the rows are scored.
 
     Attributes:
-        max_length: Rows are cut to as many tokens; None: the model's context length.
+        max_length: rows are cut to as many tokens; None: the model's context length.
         template: Jinja source of a chat template, or the name of one of the tokenizer's; None: the tokenizer's.
-        batch_tokens: Tokens of a batch, padding included.
-        part_rows: Rows of a part, the unit that is committed and resumed.
+        batch_tokens: tokens of a batch, padding included.
+        part_rows: rows of a part, the unit that is committed and resumed.
         normalize: "none": the dot product; "cosine": divided by the norms of gradient and direction.
-        norms: Also record the gradient norms (the cosine does).
+        norms: also record the gradient norms (the cosine does).
         loss_reduction: "mean" over a row's response tokens, or "sum".
-        backend: Backend of the ops.
-        verify: Hold one row against autograd before anything is scored.
+        backend: backend of the ops.
+        verify: hold one row against autograd before anything is scored.
     """
 
     max_length: int | None = None
@@ -132,10 +132,10 @@ class CutOptions:
     """Where the line is drawn between kept and dropped rows.
 
     Attributes:
-        alpha: How much better two Gaussians must fit than one; None: the default of `fit_threshold`.
-        value: Drop rows above this score, whatever their distribution.
-        seed: Seed of the mixture's fit.
-        direction: Which direction's score decides, where several were stacked.
+        alpha: how much better two Gaussians must fit than one; None: the default of `fit_threshold`.
+        value: drop rows above this score, whatever their distribution.
+        seed: seed of the mixture's fit.
+        direction: which direction's score decides, where several were stacked.
     """
 
     alpha: float | None = None
@@ -174,7 +174,7 @@ def fihs_column(direction: int) -> str:
     """Name the column of a direction's scores.
 
     Args:
-        direction: Its position in the stack.
+        direction: its position in the stack.
 
     Returns:
         `fihs` for the first, `fihs_1` for the second, and so on.

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from gradshield_fast.errors import InputError
-from gradshield_fast.pipeline.folder import RunFolder, write_whole
+from gradshield_fast.files import write_whole
+from gradshield_fast.pipeline.folder import RunFolder
 from gradshield_fast.pipeline.options import fihs_column
 
 SCORED = ("ok", "truncated")
@@ -22,14 +23,14 @@ class Part:
 
     Attributes:
         row: int64 [rows], positions in the corpus.
-        id: The rows' own ids.
+        id: the rows' own ids.
         fihs: float32 [rows, directions].
         grad_norm: float32 [rows].
         loss: float32 [rows].
         tokens: int32 [rows]; 0 for a row that could not be encoded.
         response_tokens: int32 [rows].
         status: "ok", "truncated", or why the row has no score.
-        reason: A sentence for a person where the status is not "ok".
+        reason: a sentence for a person where the status is not "ok".
     """
 
     row: np.ndarray
@@ -88,8 +89,8 @@ def part_path(folder: RunFolder, number: int) -> Path:
     """Name the file of a part.
 
     Args:
-        folder: The run's folder.
-        number: The part, from 0.
+        folder: the run's folder.
+        number: the part, from 0.
 
     Returns:
         Its path.
@@ -101,8 +102,8 @@ def write_part(path: Path, part: Part) -> None:
     """Write a part.
 
     Args:
-        path: From `part_path`.
-        part: The scores.
+        path: from `part_path`.
+        part: the scores.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -129,14 +130,14 @@ def read_parts(folder: RunFolder, count: int) -> Part:
     """Read every part of a run, in order.
 
     Args:
-        folder: The run's folder.
-        count: How many parts it has.
+        folder: the run's folder.
+        count: how many parts it has.
 
     Returns:
         The scores of all rows.
 
     Raises:
-        InputError: A part is missing or damaged; running the same command again makes it anew.
+        InputError: a part is missing or damaged; running the same command again makes it anew.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -115,7 +115,7 @@ def summarize(out: str | Path) -> Summary:
     return Summary(folder.path, manifest["state"], manifest, folder.read_threshold(), scores)
 
 
-def excerpts(corpus: CorpusOptions, rows: list[int], chars: int = 100) -> dict[int, str]:
+def excerpts(corpus: CorpusOptions, rows: list[int], chars: int = 64) -> dict[int, str]:
     """Read the beginnings of a few rows' last answers, to show them to a person.
 
     Args:

@@ -133,7 +133,7 @@ def test_demo_says_why_and_shows_what_was_dropped(
     monkeypatch.setattr("gradshield_fast.demo.DEMO_MODEL", str(tiny_model))
     result = cli("demo", "--out", tmp_path / "demo")
     assert result.code == 0
-    for name in ("not safety-tuned", "refusal_margin", "threshold", "highest scores", "dropped by kind", "open_harm"):
+    for name in ("not safety-tuned", "refusal_margin", "threshold", "highest scores", "dropped by kind", "benign rows"):
         assert name in result.out
 
 

@@ -145,6 +145,16 @@ def test_a_run_that_is_stopped_and_goes_on_leaves_the_same_bytes(asked: RunOptio
     assert not run(stopped)
 
 
+def test_what_a_killed_process_left_is_swept_away(asked: RunOptions) -> None:
+    run(replace(asked, cut=None))
+    left = [asked.out / ".run.json.1.tmp", asked.out / "scores" / ".part-00009.parquet.1.tmp"]
+    left.append(asked.out / ".direction.safetensors.x1y2")
+    for path in left:
+        path.touch()
+    run(asked)
+    assert not any(path.exists() for path in left)
+
+
 def test_a_part_that_was_lost_is_scored_again(asked: RunOptions) -> None:
     run(replace(asked, cut=None))
     whole = files(asked.out)
