@@ -8,7 +8,7 @@ import warnings
 import torch
 
 from gradshield_fast.capture import capture
-from gradshield_fast.errors import ScoringError
+from gradshield_fast.errors import ScoringError, is_out_of_memory
 from gradshield_fast.layout import RowAxisLost
 from gradshield_fast.losses import IGNORE, Call, PaddedBatch, accepts, row_losses
 from gradshield_fast.oracle import Truth, autograd_truth
@@ -79,9 +79,9 @@ class Calibration:
         self.call = self._independent(call)
         try:
             self.truth: Truth = autograd_truth(plan.model, plan.direction, self.batch, self.call)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise ScoringError(f"autograd itself cannot differentiate this model: {error}") from error
 
     def _independent(self, call: Call) -> Call:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from gradshield_fast.errors import InputError, ScoringError
+from gradshield_fast.errors import InputError, ScoringError, is_out_of_memory
 from gradshield_fast.layers import Rule
 from gradshield_fast.tally import Tally
 from gradshield_fast.universal import Call, MethodFailed, UniversalRule, detached
@@ -146,10 +146,8 @@ def _failing_as(key: Key) -> Iterator[None]:
     """Turn an op's refusal of a module's tensors into the failure of a rule guessed from the module's class."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (InputError, RuntimeError) as error:
-        if isinstance(error, ScoringError):
+        if isinstance(error, ScoringError) or is_out_of_memory(error):
             raise
         raise MethodFailed(key, error) from error
 

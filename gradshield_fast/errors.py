@@ -21,3 +21,17 @@ class ScoringError(GradShieldError, RuntimeError):
 
 class UnalignedModelError(GradShieldError):
     """The chosen safety score would mislead on this model; the message says what to use instead."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that memory ran out, on a GPU or on the CPU, whose allocator raises a RuntimeError.
+
+    Args:
+        error: what was raised.
+
+    Returns:
+        Whether a smaller batch may succeed.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

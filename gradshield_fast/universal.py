@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map
 
 from gradshield_fast.direction import Entry
-from gradshield_fast.errors import ScoringError
+from gradshield_fast.errors import ScoringError, is_out_of_memory
 from gradshield_fast.layers import Context
 from gradshield_fast.layout import Layout, RowAxisLost
 from gradshield_fast.lowrank import LowRank
@@ -133,7 +133,7 @@ class UniversalRule:
             if call.outputs == 1:
                 call.y_dot = None
         except (RuntimeError, NotImplementedError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, ScoringError) or is_out_of_memory(error):
                 raise
             raise MethodFailed(self.key, error) from error
         tally.add(name, u, layout)

@@ -11,7 +11,7 @@ import numpy as np
 
 from gradshield_fast.chat import ChatEncoder, Encoded
 from gradshield_fast.corpus import Row, read_corpus
-from gradshield_fast.errors import InputError
+from gradshield_fast.errors import InputError, is_out_of_memory
 from gradshield_fast.packing import Batch, pack
 from gradshield_fast.pipeline.options import CorpusOptions, ScoringOptions
 from gradshield_fast.pipeline.parts import Part
@@ -92,7 +92,7 @@ class Engine:
                     {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
                 )
             except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 scores = None
             # outside of the handler, whose traceback would keep the failed batch's tensors alive
@@ -198,13 +198,6 @@ def _rows(batch: Batch, rows: slice) -> Batch:
         cu_seqlens=cu_seqlens,
         pad_fraction=1.0 - float(lengths.sum()) / (len(lengths) * width),
     )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    import torch
-
-    # the CPU's allocator raises a plain RuntimeError
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _release_memory() -> None:
