@@ -68,7 +68,7 @@ def _build(model: Any, tokenizer: Any, options: DirectionOptions, reporter: Repo
     def advance(count: int, total: int) -> None:
         nonlocal done
         if done == 0:
-            reporter.stage("direction", total, "probes")
+            reporter.stage("direction", total, "answers")
         reporter.advance(count - done)
         done = count
 

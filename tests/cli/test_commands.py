@@ -177,7 +177,7 @@ def test_progress_on_a_terminal_and_elsewhere(
         err = capsys.readouterr().err
         assert "[bold]halfway·[2J" in err
         assert re.search(r"7\D+10", err)
-        assert re.search(r"1\.\d* rows/s, 3\d\d tokens/s, \d\.\d s left", err)
+        assert re.search(r"1\.\d* rows/s, [23]\d\d tokens/s, \d\.\d s left", err)
         monkeypatch.undo()
         monkeypatch.setattr(console, "PLAIN_SECONDS", 0.0)
 

@@ -18,7 +18,9 @@ from gradshield_fast import Direction
 from gradshield_fast.loading import load_model
 
 Start = Callable[[Path], "subprocess.Popen[str]"]
-ROWS, PART = 600, 4
+ROWS, PART = 400, 4
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
