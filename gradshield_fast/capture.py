@@ -66,6 +66,8 @@ class Capture:
             output, changed = _with_grad(output)
             if site.rules and isinstance(output, torch.Tensor):
                 self._listen(site, module, args, kwargs, output)
+            if site.universals and not isinstance(output, torch.Tensor):
+                output, changed = _apart(output), True
             for rule in site.universals:
                 self._listen_universal(rule, args, kwargs, output)
             return output if changed else None
@@ -178,6 +180,22 @@ def _with_grad(output: Any) -> tuple[Any, bool]:
     if not floats or any(y.requires_grad for y in floats):
         return output, False
     return tree_unflatten([_with_grad(y)[0] for y in flat], spec), True
+
+
+def _apart(output: Any) -> Any:
+    """Give each of several outputs a node of its own, so that its gradient is what came from outside the module.
+
+    A router that returns its logits and the weights made from them would otherwise count the logits twice.
+
+    Args:
+        output: a module's output, any nesting.
+
+    Returns:
+        The same values.
+    """
+    flat, spec = tree_flatten(output)
+    apart = [y.view_as(y) if isinstance(y, torch.Tensor) and y.requires_grad else y for y in flat]
+    return tree_unflatten(apart, spec)
 
 
 @contextmanager

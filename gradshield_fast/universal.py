@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map
 
 from gradshield_fast.direction import Entry
-from gradshield_fast.errors import ScoringError, is_out_of_memory
+from gradshield_fast.errors import is_out_of_memory
 from gradshield_fast.layers import Context
 from gradshield_fast.layout import Layout, RowAxisLost
 from gradshield_fast.lowrank import LowRank
@@ -133,7 +133,7 @@ class UniversalRule:
             if call.outputs == 1:
                 call.y_dot = None
         except (RuntimeError, NotImplementedError) as error:
-            if isinstance(error, ScoringError) or is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             raise MethodFailed(self.key, error) from error
         tally.add(name, u, layout)
@@ -172,12 +172,9 @@ class UniversalRule:
     def _add_by_row(self, call: Call, output: int, g: torch.Tensor, layout: Layout, tally: Tally, name: str) -> None:
         """One vjp for each row, of this module alone; its gradient is gone before the next row's."""
         if tally.token_dot is not None:
-            raise ScoringError(
-                f"token_scores: weights {name} can only be scored row by row here (module '{self.key[0]}'); "
-                "score without token_scores or norms, or leave them out of the direction"
-            )
-        if tally.norm_sq is not None and call.outputs > 1:
-            raise RowAxisLost(self.key, g.shape)
+            raise RowAxisLost(self.key, g.shape)  # one vjp a row has no position terms; a jvp nearer to the root may
+        if tally.norm_sq is not None and (call.outputs > 1 or not tally.norm_by_weight.keys().isdisjoint(self.weights)):
+            raise RowAxisLost(self.key, g.shape)  # the norm of a sum: only nearer to the root is there one output
         leaves = {local: self.values[local].detach().requires_grad_() for local in self.weights.values()}
         rows = tally.rows
         dots = torch.zeros(rows, self.context.directions, dtype=torch.float64, device=g.device)

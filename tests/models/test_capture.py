@@ -121,6 +121,27 @@ class Permuted(nn.Module):
         return out.view_as(x)
 
 
+class Routed(nn.Module):
+    """Its router returns the logits and the weights that are made from them, and both are used."""
+
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            logits = x @ self.weight
+            return logits, {"weights": logits.softmax(-1)}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = self.Router()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits, made = self.router(x)
+        return x * made["weights"] + 0.1 * logits
+
+
 class Flattened(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -192,6 +213,7 @@ BODIES: dict[str, Callable[[], nn.Module]] = {
     "grouped subclass": lambda: Grouped(WIDTH // 2, WIDTH, bias=False),
     "in place": InPlace,
     "permuted": Permuted,
+    "routed": Routed,
     "flattened": Flattened,
     "positions": Positions,
     "no forward mode": lambda: Custom(NoForwardMode),
@@ -216,7 +238,7 @@ def test_bodies_that_trip_hooks_score_right(body: str, norms: bool) -> None:
 def test_the_rule_that_ran_is_in_the_record() -> None:
     torch.manual_seed(0)
     used = {}
-    for body in ("no forward mode", "once differentiable", "permuted", "square Conv1D"):
+    for body in ("no forward mode", "once differentiable", "permuted", "square Conv1D", "routed"):
         model = Tiny(BODIES[body]())
         scorer = agree(model, direction_over(model), rows_of(LENGTHS))
         used[body] = [m for name, m in scorer.methods.items() if name.startswith("body") and "bias" not in name]
@@ -225,6 +247,7 @@ def test_the_rule_that_ran_is_in_the_record() -> None:
         "once differentiable": [["row_vjp @ body"]],
         "permuted": [["jvp @ body"]],
         "square Conv1D": [["conv1d @ body"]],
+        "routed": [["jvp @ body.router"]],
     }
 
 
@@ -275,7 +298,7 @@ def test_gradient_checkpointing_of_transformers() -> None:
 
 @pytest.mark.parametrize("norms", [False, True])
 def test_any_subset_of_the_weights(norms: bool) -> None:
-    model = make("qwen3")
+    model = make("mistral")
     for pattern in ("layers.1.mlp.down_proj", "norm", "embed_tokens", "lm_head", "layers.0.self_attn", "bias"):
         direction = direction_over(model, pattern=pattern) if pattern != "bias" else None
         if direction is not None:

@@ -38,11 +38,13 @@ _GPT2 = {
 _MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "conv_kernel": 4, "pad_token_id": 0}
 
 
-def _config(name: str, **values: object) -> Callable[[], PretrainedConfig]:
-    return lambda: getattr(transformers, name)(**values)
+def _config(name: str, **values: object) -> Callable[[], PretrainedConfig] | None:
+    """A configuration of an architecture, or None where the installed transformers is too old for it."""
+    known = getattr(transformers, name, None)
+    return None if known is None else lambda: known(**values)
 
 
-ZOO: Mapping[str, Callable[[], PretrainedConfig]] = {
+_ALL: Mapping[str, Callable[[], PretrainedConfig] | None] = {
     "llama": _config("LlamaConfig", **_COMMON, attention_bias=True, mlp_bias=True),
     "llama-tied": _config("LlamaConfig", **_COMMON, tie_word_embeddings=True),
     "qwen2": _config("Qwen2Config", **_COMMON),
@@ -73,6 +75,8 @@ ZOO: Mapping[str, Callable[[], PretrainedConfig]] = {
         eos_token_id=2,
     ),
 }
+
+ZOO = {name: config for name, config in _ALL.items() if config is not None}
 
 
 def make(name: str, dtype: torch.dtype = torch.float64) -> Any:
