@@ -154,10 +154,8 @@ def main() -> None:
     speed = {name: tokens / min(seconds) for name, seconds in times.items()}
     ratios = [slow / fast for slow, fast in zip(times["one_by_one"], times["rank"], strict=True)]
     print(f"{rows} rows, {tokens} tokens, {options.dtype}, residual of rank {options.rank}: {low.residual:.3g}")
-    for name in times:
-        print(
-            f"{name:12s} {speed[name]:8.1f} tokens/s   correlation with one_by_one {agreement[list(times).index(name)]:.7f}"
-        )
+    for name, correlation in zip(times, agreement.tolist(), strict=True):
+        print(f"{name:12s} {speed[name]:8.1f} tokens/s   correlation with the loop {correlation:.7f}")
     print(
         f"rank-{options.rank} over one_by_one: best {speed['rank'] / speed['one_by_one']:.2f}, rounds "
         + ", ".join(f"{ratio:.2f}" for ratio in ratios)
