@@ -14,6 +14,20 @@ from gradshield_fast.pipeline.parts import Part
 from gradshield_fast.pipeline.progress import Reporter
 
 
+def check_direction(options: CutOptions, count: int) -> None:
+    """Check that there is a score to decide by.
+
+    Args:
+        options: how to choose.
+        count: scores of each row.
+
+    Raises:
+        InputError: there is no such direction.
+    """
+    if options.direction >= count:
+        raise InputError(f"--direction-index {options.direction}: the rows have {count} score(s), counted from 0")
+
+
 def find_cut(scores: Part, options: CutOptions) -> dict[str, Any]:
     """Choose the score above which rows are dropped.
 
@@ -24,14 +38,8 @@ def find_cut(scores: Part, options: CutOptions) -> dict[str, Any]:
     Returns:
         The content of threshold.json: `value` (None if no row has a score), `kind` ("two_gaussians", "one_gaussian",
         "given" or "none"), what the fit found, and the options.
-
-    Raises:
-        InputError: there is no such direction.
     """
-    if options.direction >= scores.fihs.shape[1]:
-        raise InputError(
-            f"--direction-index {options.direction}: the rows have {scores.fihs.shape[1]} score(s), counted from 0"
-        )
+    check_direction(options, scores.fihs.shape[1])
     cut: dict[str, Any] = {"column": options.column, "seed": options.seed}
     values = scores.fihs[scores.scored, options.direction].astype(np.float64)
     if len(values) == 0:

@@ -22,7 +22,7 @@ from gradshield_fast.corpus_files import find_files, iter_raw
 from gradshield_fast.errors import GradShieldError, InputError
 from gradshield_fast.fingerprint import model_fingerprint
 from gradshield_fast.loading import context_length, load_model
-from gradshield_fast.pipeline.cutting import find_cut, split
+from gradshield_fast.pipeline.cutting import check_direction, find_cut, split
 from gradshield_fast.pipeline.directing import describe, make_direction
 from gradshield_fast.pipeline.engine import Engine, corpus_rows
 from gradshield_fast.pipeline.folder import MANIFEST_FORMAT, RunFolder
@@ -116,24 +116,27 @@ def corpus_of(manifest: dict[str, Any], moved_to: Path | None = None) -> CorpusO
 
 
 def _open(folder: RunFolder, options: RunOptions, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Take up the run in the folder, or begin one."""
-    manifest = folder.read_manifest()
-    if manifest is None:
-        manifest = {
-            "format": MANIFEST_FORMAT,
-            "state": "new",
-            "identity": wanted,
-            "request": _request(options),
-            "rows": None,
-            "sessions": [],
-        }
-        folder.write_json(folder.manifest, manifest)
-        return manifest
-    other = differences(manifest["identity"], wanted)
-    if other:
-        raise InputError(
-            f"output folder {folder.path} holds another run: it differs in {', '.join(other)}; name a new folder"
-        )
+    """Take up the run in the folder, or begin one; a run that has not scored anything yet gives way to another."""
+    old = folder.read_manifest()
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "state": "new",
+        "identity": wanted,
+        "request": _request(options),
+        "rows": None,
+        "sessions": [],
+    }
+    if old is not None:
+        other = differences(old["identity"], wanted)
+        if other and any(folder.scores.glob("part-*.parquet")):
+            raise InputError(
+                f"output folder {folder.path} holds another run: it differs in {', '.join(other)}; name a new folder"
+            )
+        if not other:
+            manifest = {**old, "request": manifest["request"]}
+        elif not any(name.startswith(("version", "model.", "direction.")) for name in other):
+            manifest.update((key, old[key]) for key in ("direction", "loaded") if key in old)
+    folder.write_json(folder.manifest, manifest)
     return manifest
 
 
@@ -175,6 +178,8 @@ def _score(folder: RunFolder, manifest: dict[str, Any], options: RunOptions, rep
     encoder = make_encoder(tokenizer, model.config, options)
     manifest["encoder"] = encoder.describe()
     direction = _direction(folder, manifest, options, model, tokenizer, reporter)
+    if options.cut is not None:
+        check_direction(options.cut, direction.count)
 
     from gradshield_fast.scorer import Scorer
 
