@@ -23,10 +23,10 @@ class SafetyProbes:
 
     Attributes:
         prompts: harmful prompts, one user turn each.
-        refusals: wordings of a refusal, dealt to the prompts in turn.
-        compliances: first words of an answer that complies, dealt in the same way.
+        refusals: wordings of a refusal; the one that a model favours is measured on it.
+        compliances: first words of an answer that complies, dealt to the prompts in turn.
         categories: category of each prompt, "" where it has none; empty: no prompt has one.
-        own_refusals: refusal that belongs to a prompt, "" where it gets one of `refusals`; empty: no prompt has one.
+        own_refusals: refusal that belongs to a prompt, "" where `refusals` serve; empty: no prompt has one.
     """
 
     prompts: tuple[str, ...]
@@ -106,22 +106,6 @@ class SafetyProbes:
             return _from_object({"prompts": whole}, str(path), cls.default())
         return _from_object({"prompts": list(_lines(text, path))}, str(path), cls.default())
 
-    def refusals_of(self, index: int, count: int = 1) -> list[str]:
-        """Choose the refusals that are measured on one prompt.
-
-        Args:
-            index: number of the prompt.
-            count: how many; at most as many as there are wordings.
-
-        Returns:
-            The prompt's own refusal, or `count` wordings from `index * count` on, round robin.
-        """
-        own = self.own_refusals[index] if self.own_refusals else ""
-        if own:
-            return [own]
-        count = min(count, len(self.refusals))
-        return [self.refusals[(index * count + j) % len(self.refusals)] for j in range(count)]
-
     def compliance_of(self, index: int) -> str:
         """Choose the compliant opening that is measured on one prompt, round robin.
 
@@ -165,7 +149,7 @@ class SafetyProbes:
         return dict(Counter(self.categories))
 
     def fingerprint(self) -> str:
-        """Hash all texts in their order, the order being what pairs prompts with wordings.
+        """Hash all texts in their order, the order being what pairs prompts with compliances.
 
         Returns:
             64 hexadecimal digits (SHA-256).

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,79 +13,29 @@ import torch
 from gradshield_fast.answers import AnswerEncoder
 from gradshield_fast.capture import frozen
 from gradshield_fast.chat import Encoded
-from gradshield_fast.errors import InputError, UnalignedModelError
+from gradshield_fast.errors import InputError
 from gradshield_fast.losses import eager_experts, padded_batch
 from gradshield_fast.packing import pack
 from gradshield_fast.probes import SafetyProbes
 from gradshield_fast.refusal import refuses
 from gradshield_fast.response_logprob import place_of, token_logprobs
+from gradshield_fast.safety_report import SafetyReport, check_aligned, check_rate
+from gradshield_fast.weight_gradients import GradientCosine, GradientSum, chosen_weights, each_gradient
 
 __all__ = ["SafetyProbes", "SafetyReport", "check_aligned", "safety_gradient", "safety_score"]
 
 SCORES = ("refusal_logprob", "refusal_margin")
 
-ALIGNED_RATE = 0.5
-"""A model that refuses fewer of its probes is not aligned enough for `refusal_logprob`."""
-
 JUDGED = 32
 """Probes, spread over all, whose greedy answer is judged: it bounds the cost, and the rate to steps of 3 %."""
 
+COMPARED = 12
+"""Probes, spread over all, on which the wordings of a refusal are compared."""
+
+COSINE_ROWS = 16
+"""Answers whose gradients are averaged before the cosine is taken, whatever the batches of the rest."""
+
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class SafetyReport:
-    """What the probes say about a model.
-
-    Attributes:
-        score: "refusal_logprob" or "refusal_margin".
-        S: that score, in nats a token.
-        refusal_logprob: mean log-probability of a refusal's tokens, for each probe, in nats a token.
-        compliance_logprob: the same for a compliant opening.
-        refusal_rate: share of the judged probes to which the model's own greedy answer begins with a refusal.
-        judged: number of judged probes, spread evenly over all of them.
-        margin: mean over probes of refusal_logprob - compliance_logprob.
-        probes: number of probes.
-        tokens: tokens of all prompts and answers whose log-probability was measured.
-        allow_unaligned: the gradient was taken whatever the refusal rate said.
-        unused_weights: weights that were selected but that S does not reach; they are not in the gradient.
-    """
-
-    score: str
-    S: float
-    refusal_logprob: tuple[float, ...]
-    compliance_logprob: tuple[float, ...]
-    refusal_rate: float
-    judged: int
-    margin: float
-    probes: int
-    tokens: int
-    allow_unaligned: bool = False
-    unused_weights: tuple[str, ...] = ()
-
-    @property
-    def aligned(self) -> bool:
-        """Whether the model refuses its probes often enough for `refusal_logprob`."""
-        return self.refusal_rate >= ALIGNED_RATE
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give the report as JSON values.
-
-        Returns:
-            Its attributes, and "aligned".
-        """
-        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return {**values, "aligned": self.aligned}
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """One prompt with one answer: share is its part in the mean over probes."""
-
-    probe: int
-    refuses: bool
-    share: float
-    encoded: Encoded
 
 
 def safety_score(
@@ -105,8 +53,9 @@ def safety_score(
         refusal_logprob   S = mean over probes p of  R(p) = mean over t of log p(refusal_t | p, refusal_<t)
         refusal_margin    S = mean over probes p of  R(p) - C(p),  C the same for a compliant opening
 
-    Only the words of the answer count, never the end of the turn. Whether the model refuses is read off its own
-    greedy answers, see `gradshield_fast.refusal`: the log-probability of given wordings does not tell.
+    The refusal is the wording that the model itself favours, unless a probe brings its own: the largest mean R on a
+    few of the probes. Only the words of an answer count, never the end of the turn. Whether the model refuses is read
+    off its own greedy answers, see `gradshield_fast.refusal`; the log-probability of given words does not tell.
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one.
@@ -114,8 +63,8 @@ def safety_score(
         probes: what to ask, and how a refusal and compliance read.
         score: "refusal_logprob" or "refusal_margin": which of them is `S`; both are measured.
         batch_tokens: tokens a forward pass may hold, padding included; a longer probe goes alone.
-        refusals_per_probe: wordings a probe, whose R are averaged.
-        progress: called with (answers done, answers in all): those judged, and those measured.
+        refusals_per_probe: how many favoured wordings are measured on each probe; R is their mean.
+        progress: called with (answers done, answers in all): compared, judged and measured ones.
 
     Returns:
         The report.
@@ -123,15 +72,14 @@ def safety_score(
     Raises:
         InputError: an option is wrong, a probe cannot be encoded, or a log-probability is not finite.
 
-    Source: arXiv:2605.14194 (the score as the log-probability of refusals); the margin is ours.
+    Source: arXiv:2605.14194 (S as the log-probability of refusals); the margin and the choice of wording are ours.
     """
-    encoder = AnswerEncoder(tokenizer)
-    answers = _answers(encoder, probes, score, refusals_per_probe)
-    steps = _Steps(progress, min(JUDGED, len(probes)) + len(answers))
     with frozen(model), eager_experts(model), torch.no_grad():
-        judged = _judged(model, tokenizer, encoder, probes, batch_tokens, steps)
-        values = _values(model, answers, batch_tokens, steps)
-    return _report(score, probes, judged, answers, values)
+        meter = _Meter(model, tokenizer, probes, score, batch_tokens, refusals_per_probe, progress)
+        rate = meter.judge()
+        refusals, compliances = meter.refusals(), meter.compliances()
+        values = meter.measure(refusals), meter.measure(compliances)
+    return meter.report(rate, refusals, compliances, *values)
 
 
 def safety_gradient(
@@ -148,10 +96,10 @@ def safety_gradient(
 ) -> tuple[dict[str, torch.Tensor], SafetyReport]:
     """Take the gradient of the safety score with respect to the weights: the reference direction r = grad S.
 
-    For `refusal_logprob` the model is checked first, by its own answers, so that a model on which the score would
-    mislead costs no backward pass. Gradients are summed over batches in float32, whatever the model's dtype, and each
-    weight's own gradient is freed as soon as it is added. The model's modes, flags and gradients are as before when
-    this returns or raises.
+    For `refusal_logprob` the model is checked (`check_aligned`): that it refuses, before any backward pass; and with
+    one more pass over the compliant answers that training on them would lower S. Gradients are summed over batches in
+    float32, whatever the model's dtype, and each weight's own gradient is freed as soon as it is added. The model's
+    modes, flags and gradients are as before when this returns or raises.
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one.
@@ -161,9 +109,9 @@ def safety_gradient(
         weights: regular expression, searched in the names of `model.named_parameters()`; a tied weight is found under
             each of its names. None: the weights that require grad where others do not (PEFT), else all.
         batch_tokens: tokens a pass may hold, padding included; a longer probe goes alone.
-        refusals_per_probe: wordings a probe, whose log-probabilities are averaged.
+        refusals_per_probe: how many favoured wordings are measured on each probe; R is their mean.
         allow_unaligned: go on where `check_aligned` would raise; the report says so.
-        progress: called with (answers done, answers in all): those judged, and those measured.
+        progress: called with (answers done, answers in all): compared, judged and measured ones.
 
     Returns:
         Weight's name -> Float32[Tensor, "<the weight's shape>"] on the weight's device, in nats/token/weight (float64
@@ -177,211 +125,190 @@ def safety_gradient(
 
     Source: arXiv:2605.14194.
     """
-    chosen = _chosen_weights(model, weights)
-    encoder = AnswerEncoder(tokenizer)
-    answers = _answers(encoder, probes, score, refusals_per_probe)
-    answers.sort(key=lambda a: not a.refuses)  # stable: all refusals, then all compliances
-    count = sum(a.refuses for a in answers) if score == "refusal_logprob" else len(answers)
-    steps = _Steps(progress, min(JUDGED, len(probes)) + len(answers))
+    chosen = chosen_weights(model, weights)
+    total, cosine = GradientSum(), None
     with frozen(model), eager_experts(model):
         with torch.no_grad():
-            judged = _judged(model, tokenizer, encoder, probes, batch_tokens, steps)
-            _check_rate(judged, score, allow_unaligned)
-            rest = _values(model, answers[count:], batch_tokens, steps)
-        with torch.enable_grad(), _summed_gradients(chosen) as sums:
-            values = _values(model, answers[:count], batch_tokens, steps, backward=True)
-    report = _report(score, probes, judged, answers, values + rest)
-    gradient = {name: sums[name].div_(len(probes)) for name in chosen if name in sums}
-    _check_gradient(gradient, score)
-    unused = tuple(name for name in chosen if name not in gradient)
-    allowed = allow_unaligned and score == "refusal_logprob"
-    return gradient, dataclasses.replace(report, unused_weights=unused, allow_unaligned=allowed)
-
-
-def check_aligned(report: SafetyReport, score: str, allow_unaligned: bool = False) -> None:
-    """Refuse a score that would mislead on this model.
-
-    Args:
-        report: what the probes said.
-        score: the score that is to be used; `refusal_margin` is valid on any model.
-        allow_unaligned: say nothing.
-
-    Raises:
-        UnalignedModelError: the model does not refuse its probes, and the score needs it to.
-    """
-    _check_rate((report.refusal_rate, report.judged), score, allow_unaligned)
-
-
-def _check_rate(judged: tuple[float, int], score: str, allow_unaligned: bool) -> None:
-    rate, count = judged
-    if score != "refusal_logprob" or allow_unaligned or rate >= ALIGNED_RATE:
-        return
-    raise UnalignedModelError(
-        f"this model refuses {rate:.0%} of {count} probes (needed: {ALIGNED_RATE:.0%}), and on a model that does not "
-        "refuse, refusal_logprob can rank harmful rows as the safest; use --score refusal_margin, which works on such "
-        "a model, or --allow-unaligned to go on and have the record say so"
+            meter = _Meter(model, tokenizer, probes, score, batch_tokens, refusals_per_probe, progress)
+            rate = meter.judge()
+            check_rate(*rate, score, allow_unaligned)
+            refusals, compliances = meter.refusals(), meter.compliances()
+        with torch.enable_grad(), each_gradient(chosen, total):
+            values = meter.measure(refusals, sign=1)
+            if score == "refusal_margin":
+                rest = meter.measure(compliances, sign=-1)
+        gradient = {name: total.sums[name].div_(len(probes)) for name in chosen if name in total.sums}
+        _check_gradient(gradient, score)
+        if score == "refusal_logprob":
+            cosine = GradientCosine(gradient)
+            with torch.enable_grad(), each_gradient(chosen, cosine):
+                rest, cosine = meter.measure_cosine(compliances, cosine)
+    report = dataclasses.replace(
+        meter.report(rate, refusals, compliances, values, rest),
+        compliance_cosine=cosine,
+        allow_unaligned=allow_unaligned and score == "refusal_logprob",
+        unused_weights=tuple(name for name in chosen if name not in gradient),
     )
+    check_aligned(report, score, allow_unaligned)
+    return gradient, report
 
 
-class _Steps:
-    """Counts measured answers for a progress callback."""
+@dataclass(frozen=True)
+class _Answer:
+    """One prompt with one answer; share is its part in the mean over the probe's answers."""
 
-    def __init__(self, callback: Progress | None, total: int) -> None:
-        self.callback, self.total, self.done = callback, total, 0
-
-    def add(self, count: int) -> None:
-        self.done += count
-        if self.callback is not None:
-            self.callback(self.done, self.total)
+    probe: int
+    share: float
+    encoded: Encoded
 
 
-def _answers(encoder: AnswerEncoder, probes: SafetyProbes, score: str, per_probe: int) -> list[_Answer]:
-    if score not in SCORES:
-        raise InputError(f"score must be one of {', '.join(SCORES)}; got {score!r}")
-    if per_probe < 1:
-        raise InputError(f"refusals_per_probe must be at least 1, got {per_probe}")
-    answers = []
-    for i, prompt in enumerate(probes.prompts):
-        refusals = probes.refusals_of(i, per_probe)
-        for text in refusals:
-            answers.append(_Answer(i, True, 1 / len(refusals), encoder.encode(prompt, text, f"probe {i + 1}")))
-        answers.append(_Answer(i, False, 1.0, encoder.encode(prompt, probes.compliance_of(i), f"probe {i + 1}")))
-    return answers
+class _Meter:
+    """Measures answers to one model's probes; the model is frozen and in evaluation mode."""
 
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: Any,
+        probes: SafetyProbes,
+        score: str,
+        batch_tokens: int,
+        per_probe: int,
+        progress: Progress | None,
+    ) -> None:
+        if score not in SCORES:
+            raise InputError(f"score must be one of {', '.join(SCORES)}; got {score!r}")
+        if per_probe < 1:
+            raise InputError(f"refusals_per_probe must be at least 1, got {per_probe}")
+        self._model, self._tokenizer, self._probes, self._score = model, tokenizer, probes, score
+        self._batch_tokens, self._progress = batch_tokens, progress
+        self._device, self._vocabulary = place_of(model)
+        self._encoder = AnswerEncoder(tokenizer)
+        self._favoured: tuple[str, ...] = ()
+        self._per_probe = min(per_probe, len(probes.refusals))
+        self._own = [probes.own_refusals[i] if probes.own_refusals else "" for i in range(len(probes))]
+        self._compares = self._per_probe < len(probes.refusals) and not all(self._own)
+        self._done = 0
+        self._total = min(JUDGED, len(probes)) + len(probes)
+        self._total += sum(1 if own else self._per_probe for own in self._own)
+        self._total += min(COMPARED, len(probes)) * len(probes.refusals) if self._compares else 0
 
-def _judged(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    encoder: AnswerEncoder,
-    probes: SafetyProbes,
-    batch_tokens: int,
-    steps: _Steps,
-) -> tuple[float, int]:
-    """Refusal rate, and the number of probes that it is taken over."""
-    some = probes.subset(min(JUDGED, len(probes)))
-    starts = [encoder.start(prompt, some.refusals[0], f"probe '{prompt[:40]}'") for prompt in some.prompts]
-    wordings = [*some.refusals, *filter(None, some.own_refusals)]
-    refused = refuses(model, tokenizer, starts, wordings, batch_tokens=batch_tokens)
-    steps.add(len(some))
-    return sum(refused) / len(some), len(some)
+    def judge(self) -> tuple[float, int]:
+        """Refusal rate, and the number of probes that it is taken over."""
+        some = self._probes.subset(min(JUDGED, len(self._probes)))
+        wordings = [*some.refusals, *filter(None, some.own_refusals)]
+        starts = [self._encoder.start(prompt, wordings[0], _quoted(prompt)) for prompt in some.prompts]
+        refused = refuses(self._model, self._tokenizer, starts, wordings, batch_tokens=self._batch_tokens)
+        self._step(len(some))
+        return sum(refused) / len(some), len(some)
 
+    def refusals(self) -> list[_Answer]:
+        """The refusals to measure: each probe's own, or those that the model favours."""
+        wordings = self._probes.refusals
+        if self._compares:
+            prompts = self._probes.subset(min(COMPARED, len(self._probes))).prompts
+            tries = [self._answer(i, p, w) for i, w in enumerate(wordings) for p in prompts]
+            values = self.measure(tries)
+            means = [math.fsum(values[i : i + len(prompts)]) for i in range(0, len(tries), len(prompts))]
+            wordings = tuple(w for _, w in sorted(zip(means, wordings, strict=True), key=lambda pair: -pair[0]))
+        if not all(self._own):
+            self._favoured = wordings[: self._per_probe]
+        answers = []
+        for i, (prompt, own) in enumerate(zip(self._probes.prompts, self._own, strict=True)):
+            texts = (own,) if own else self._favoured
+            answers += [self._answer(i, prompt, text, 1 / len(texts)) for text in texts]
+        return answers
 
-def _values(
-    model: torch.nn.Module,
-    answers: Sequence[_Answer],
-    batch_tokens: int,
-    steps: _Steps,
-    *,
-    backward: bool = False,
-) -> list[float]:
-    """Mean log-probability of each answer's tokens; with `backward`, a backward pass of sum(+-share * value) a batch.
+    def compliances(self) -> list[_Answer]:
+        """The compliant openings to measure, dealt to the probes in turn."""
+        prompts = enumerate(self._probes.prompts)
+        return [self._answer(i, prompt, self._probes.compliance_of(i)) for i, prompt in prompts]
 
-    The mean over probes is taken by the caller, in float32: small factors would underflow in a float16 backward pass.
-    """
-    device, vocabulary = place_of(model)
-    values = [math.nan] * len(answers)
-    items = ((i, answer.encoded) for i, answer in enumerate(answers))
-    for batch in pack(items, batch_tokens=batch_tokens, window=max(1, len(answers))):
-        padded = padded_batch(vars(batch), device, vocabulary)
-        logprob, row = token_logprobs(model, padded)
+    def measure(self, answers: Sequence[_Answer], *, sign: int = 0) -> list[float]:
+        """Mean log-probability of each answer's tokens; with a sign, a backward pass a batch of sign * sum of them.
+
+        The mean over probes is taken by the caller, in float32: small factors would underflow in a float16 backward.
+        """
+        values = [math.nan] * len(answers)
+        items = ((i, answer.encoded) for i, answer in enumerate(answers))
+        for batch in pack(items, batch_tokens=self._batch_tokens, window=max(1, len(answers))):
+            means = self._means(vars(batch))
+            if sign and means.requires_grad:
+                shares = means.new_tensor([sign * answers[i].share for i in batch.positions])
+                (means * shares).sum().backward()
+            for i, value in zip(batch.positions.tolist(), means.detach().tolist(), strict=True):
+                values[i] = _finite(value)
+            self._step(len(means))
+        return values
+
+    def measure_cosine(self, answers: Sequence[_Answer], cosine: GradientCosine) -> tuple[list[float], float]:
+        """As `measure`, and the mean cosine of their losses' gradients with the direction."""
+        values, cosines = [math.nan] * len(answers), []
+        items = ((i, answer.encoded) for i, answer in enumerate(answers))
+        packed = pack(items, batch_tokens=self._batch_tokens, window=max(1, len(answers)), max_rows=COSINE_ROWS)
+        for batch in packed:
+            means = self._means(vars(batch))
+            if means.requires_grad:
+                (-means.sum()).backward()
+            cosines += [cosine.finish()] * len(means)
+            for i, value in zip(batch.positions.tolist(), means.detach().tolist(), strict=True):
+                values[i] = _finite(value)
+            self._step(len(means))
+        return values, math.fsum(cosines) / len(cosines)
+
+    def report(
+        self,
+        rate: tuple[float, int],
+        refusals: Sequence[_Answer],
+        compliances: Sequence[_Answer],
+        refusal_values: Sequence[float],
+        compliance_values: Sequence[float],
+    ) -> SafetyReport:
+        """Put the measured values together."""
+        n = len(self._probes)
+        refusal = [0.0] * n
+        for answer, value in zip(refusals, refusal_values, strict=True):
+            refusal[answer.probe] += answer.share * value
+        margin = math.fsum(r - c for r, c in zip(refusal, compliance_values, strict=True)) / n
+        return SafetyReport(
+            score=self._score,
+            S=margin if self._score == "refusal_margin" else math.fsum(refusal) / n,
+            refusal_logprob=tuple(refusal),
+            compliance_logprob=tuple(compliance_values),
+            refusals=self._favoured,
+            refusal_rate=rate[0],
+            judged=rate[1],
+            margin=margin,
+            probes=n,
+            tokens=sum(len(answer.encoded.input_ids) for answer in (*refusals, *compliances)),
+        )
+
+    def _answer(self, probe: int, prompt: str, text: str, share: float = 1.0) -> _Answer:
+        return _Answer(probe, share, self._encoder.encode(prompt, text, _quoted(prompt)))
+
+    def _means(self, batch: dict[str, Any]) -> torch.Tensor:
+        padded = padded_batch(batch, self._device, self._vocabulary)
+        logprob, row = token_logprobs(self._model, padded)
         member = torch.nn.functional.one_hot(row, padded.rows).to(logprob.dtype)
         # not index_add, which is not deterministic on every device; not a product, in which a NaN would spread
-        means = torch.where(member > 0, logprob[:, None], 0.0).sum(0) / member.sum(0)
-        if backward and means.requires_grad:
-            picks = [answers[i] for i in batch.positions]
-            factors = [a.share if a.refuses else -a.share for a in picks]
-            (means * means.new_tensor(factors)).sum().backward()
-        for i, value in zip(batch.positions.tolist(), means.detach().tolist(), strict=True):
-            values[i] = value
-        steps.add(padded.rows)
-    return values
+        return torch.where(member > 0, logprob[:, None], 0.0).sum(0) / member.sum(0)
+
+    def _step(self, count: int) -> None:
+        self._done += count
+        if self._progress is not None:
+            self._progress(self._done, self._total)
 
 
-def _report(
-    score: str,
-    probes: SafetyProbes,
-    judged: tuple[float, int],
-    answers: Sequence[_Answer],
-    values: Sequence[float],
-) -> SafetyReport:
-    refusal, compliance = [0.0] * len(probes), [0.0] * len(probes)
-    for answer, value in zip(answers, values, strict=True):
-        if not math.isfinite(value):
-            raise InputError(
-                f"probe {answer.probe + 1}: the model's log-probability of its answer is {value}; "
-                "load the model in float32 or bfloat16, and check that its weights are whole"
-            )
-        (refusal if answer.refuses else compliance)[answer.probe] += answer.share * value
-    n = len(probes)
-    margin = math.fsum(r - c for r, c in zip(refusal, compliance, strict=True)) / n
-    return SafetyReport(
-        score=score,
-        S=margin if score == "refusal_margin" else math.fsum(refusal) / n,
-        refusal_logprob=tuple(refusal),
-        compliance_logprob=tuple(compliance),
-        refusal_rate=judged[0],
-        judged=judged[1],
-        margin=margin,
-        probes=n,
-        tokens=sum(len(answer.encoded.input_ids) for answer in answers),
+def _finite(value: float) -> float:
+    if math.isfinite(value):
+        return value
+    raise InputError(
+        f"the model's log-probability of an answer to a probe is {value}; load the model in float32 or bfloat16, "
+        "and check that its weights are whole"
     )
 
 
-def _chosen_weights(model: torch.nn.Module, pattern: str | None) -> dict[str, torch.nn.Parameter]:
-    """Weights to take the gradient for, under their first names."""
-    floating = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-    if pattern is None:
-        trainable = {name: p for name, p in floating.items() if p.requires_grad}
-        chosen = trainable or floating
-    else:
-        try:
-            regex = re.compile(pattern)
-        except re.error as error:
-            raise InputError(f"weights: {pattern!r} is not a regular expression: {error}") from error
-        hits = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if regex.search(name)}
-        chosen = {name: p for name, p in floating.items() if id(p) in hits}
-    if not chosen:
-        some = list(floating)[:: max(1, len(floating) // 4)][:5]
-        raise InputError(f"weights: no floating-point weight matches {pattern!r}; names are such as {', '.join(some)}")
-    return chosen
-
-
-@contextmanager
-def _summed_gradients(weights: dict[str, torch.nn.Parameter]) -> Iterator[dict[str, torch.Tensor]]:
-    """Have every backward pass add to float32 sums and free each weight's own gradient at once.
-
-    The weights must be frozen outside; here they require grad. A tied weight's hook fires once a pass, with both
-    contributions.
-    """
-    sums: dict[str, torch.Tensor] = {}
-
-    def adder(name: str) -> Callable[[torch.Tensor], None]:
-        def add(weight: torch.Tensor) -> None:
-            g, weight.grad = weight.grad, None
-            if g is None:
-                return
-            g = g.to_dense() if g.is_sparse else g
-            if name in sums:
-                sums[name] += g
-            else:
-                sums[name] = g if g.dtype == torch.float64 else g.float()
-
-        return add
-
-    before = {name: weight.grad for name, weight in weights.items()}
-    handles = []
-    try:
-        for name, weight in weights.items():
-            weight.grad = None
-            weight.requires_grad_(True)
-            handles.append(weight.register_post_accumulate_grad_hook(adder(name)))
-        yield sums
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, weight in weights.items():
-            weight.requires_grad_(False)
-            weight.grad = before[name]
+def _quoted(prompt: str) -> str:
+    return f"probe {prompt[:40]!r}"
 
 
 def _check_gradient(gradient: dict[str, torch.Tensor], score: str) -> None:

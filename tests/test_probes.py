@@ -37,14 +37,8 @@ def test_bundled_probes_are_many_and_different():
     assert bundled.compliances
 
 
-def test_wordings_are_dealt_in_turn(probes: SafetyProbes):
-    assert [probes.refusals_of(i) for i in range(4)] == [["No."], ["Never."], ["I will not."], ["No."]]
-    assert probes.refusals_of(1, 2) == ["I will not.", "No."]
-    assert probes.refusals_of(2, 99) == ["No.", "Never.", "I will not."]
+def test_compliances_are_dealt_in_turn(probes: SafetyProbes):
     assert [probes.compliance_of(i) for i in range(3)] == ["Sure, here is", "Of course:", "Sure, here is"]
-    own = dataclasses.replace(probes, own_refusals=("", "Mine.", "", "", ""))
-    assert own.refusals_of(1, 3) == ["Mine."]
-    assert own.refusals_of(0) == ["No."]
 
 
 def test_a_subset_spreads_over_the_prompts(probes: SafetyProbes):
