@@ -16,11 +16,8 @@ Rows, none of which benchmarks/replication/align.py trains on:
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,16 +25,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from sklearn.metrics import roc_auc_score
 
-from gradshield_fast import Direction, SafetyProbes, Scorer, __version__, fit_threshold
+from gradshield_fast import Direction, SafetyProbes, Scorer, fit_threshold
 from gradshield_fast.chat import ChatEncoder
 from gradshield_fast.errors import GradShieldError, InputError
 from gradshield_fast.loading import load_model
 from gradshield_fast.packing import pack
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "separation.jsonl"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from record import append, surroundings  # beside this folder, not installed
 
 
 def read_rows(folder: Path, name: str, first: int, count: int) -> list[list[dict[str, str]]]:
@@ -128,35 +125,6 @@ def separation(scores: np.ndarray, kind: np.ndarray, seed: int) -> dict[str, Any
     }
 
 
-def machine() -> dict[str, Any]:
-    """Say what the figures were measured on.
-
-    Returns:
-        Device, versions, commit and date.
-    """
-    name = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        name = next(
-            (line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), name
-        )
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    versions = {
-        "gradshield_fast": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-    }
-    return {
-        "device": f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores",
-        "versions": versions,
-        "commit": commit,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-    }
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the script.
 
@@ -182,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--allow-unaligned", action="store_true", help="measure refusal_logprob on any model")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON lines file that gets a line more")
+    parser.add_argument("--results", default="separation", help="file in benchmarks/results that gets a line more")
     options = parser.parse_args(argv)
     if options.data is None:
         raise InputError("separation: give the data folder with --data or GRADSHIELD_SHARED_DATA")
@@ -233,23 +201,16 @@ def main(argv: list[str] | None = None) -> int:
     safety = {s: dict(directions[f"{s} dense"].meta["safety"]) for s in options.scores}
     for report in safety.values():  # one value a probe is too long for one line
         del report["refusal_logprob"], report["compliance_logprob"]
-    args = {**vars(options), "data": folder.name, "model": Path(options.model).name, "results": options.results.name}
-    args["probes"] = Path(options.probes).name if options.probes else None
-    record = {
-        "bench": "separation",
-        "options": args,
-        "command": " ".join(
-            ["python benchmarks/replication/separation.py", *(Path(a).name for a in argv or sys.argv[1:])]
-        ),
-        "safety": safety,
-        "results": results,
-        "seconds": {"directions": round(built - start, 1), "scoring": round(seconds, 1)},
-        "tokens": tokens,
-        **machine(),
-    }
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    with options.results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    append(
+        options.results,
+        {
+            **surroundings(vars(options)),
+            "safety": safety,
+            "results": results,
+            "seconds": {"directions": round(built - start, 1), "scoring": round(seconds, 1)},
+            "tokens": tokens,
+        },
+    )
     return 0
 
 
