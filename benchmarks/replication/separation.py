@@ -28,7 +28,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from gradshield_fast import Direction, SafetyProbes, Scorer, fit_threshold
-from gradshield_fast.chat import ChatEncoder
+from gradshield_fast.chat import ChatEncoder, Encoded
 from gradshield_fast.errors import GradShieldError, InputError
 from gradshield_fast.loading import load_model
 from gradshield_fast.packing import pack
@@ -61,15 +61,14 @@ def read_rows(folder: Path, name: str, first: int, count: int) -> list[list[dict
 
 
 def score_rows(
-    model: Any, direction: Direction, conversations: list[list[dict[str, str]]], encoder: ChatEncoder, tokens: int
+    model: Any, direction: Direction, encoded: list[Encoded], tokens: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Score rows with the public API.
 
     Args:
         model: the model.
         direction: K directions.
-        conversations: the rows.
-        encoder: the model's chat encoder.
+        encoded: the rows.
         tokens: of a batch.
 
     Returns:
@@ -78,10 +77,6 @@ def score_rows(
     Raises:
         InputError: a row could not be scored.
     """
-    encoded = [encoder.encode(messages) for messages in conversations]
-    bad = [f"row {i}: {e.reason or e.status}" for i, e in enumerate(encoded) if not e.usable]
-    if bad:
-        raise InputError(f"{len(bad)} rows cannot be encoded; {bad[0]}")
     dot = np.full((len(encoded), direction.count), np.nan)
     norm = np.full(len(encoded), np.nan)
     total, done, start = sum(len(e.input_ids) for e in encoded), 0, time.perf_counter()
@@ -179,11 +174,14 @@ def main(argv: list[str] | None = None) -> int:
         directions[f"{score} rank {options.rank}"] = dense.low_rank(rank=options.rank)
         print(f"{score}: S {dense.meta['safety']['S']:.3f} nats/token", flush=True)
     built = time.perf_counter()
-    rows = [row for group in kinds.values() for row in group]
-    kind = np.array([name for name, group in kinds.items() for _ in group])
     encoder = ChatEncoder(tokenizer, max_length=options.max_length)
+    rows = [(name, encoder.encode(messages)) for name, group in kinds.items() for messages in group]
+    usable = [row for row in rows if row[1].usable]
+    if len(usable) < len(rows):
+        print(f"{len(rows) - len(usable)} rows have no answer within {options.max_length} tokens and are left out")
+    kind = np.array([name for name, _ in usable])
     stack = Direction.stack(list(directions.values()))
-    dot, cosine, tokens = score_rows(model, stack, rows, encoder, options.batch_tokens)
+    dot, cosine, tokens = score_rows(model, stack, [encoded for _, encoded in usable], options.batch_tokens)
     seconds = time.perf_counter() - built
     results = {}
     for k, (name, direction) in enumerate(directions.items()):
@@ -209,6 +207,7 @@ def main(argv: list[str] | None = None) -> int:
             "results": results,
             "seconds": {"directions": round(built - start, 1), "scoring": round(seconds, 1)},
             "tokens": tokens,
+            "left_out": len(rows) - len(usable),
         },
     )
     return 0
