@@ -60,6 +60,22 @@ def need_same_tokens(op: str, **tensors: torch.Tensor) -> int:
     return x.shape[0]
 
 
+def need_one_device(op: str, **tensors: torch.Tensor) -> None:
+    """Require that tensors lie on one device.
+
+    Args:
+        op: the op's name, for the message.
+        tensors: name -> tensor.
+
+    Raises:
+        InputError: two of them lie apart.
+    """
+    (first, x), *rest = tensors.items()
+    for name, y in rest:
+        if y.device != x.device:
+            raise InputError(f"{op}: {first} is on {x.device}, but {name} is on {y.device}; move one of them")
+
+
 def need_cu_seqlens(op: str, cu_seqlens: torch.Tensor, tokens: int) -> None:
     """Require row boundaries: int32 or int64, starting at 0, never falling, ending at the number of tokens.
 

@@ -1,4 +1,8 @@
-"""Choosing a backend for an op: `auto` takes the first that can run, a named one that cannot raises with its reason."""
+"""Choosing a backend for an op: `auto` takes the first that can run, a named one that cannot raises with its reason.
+
+A room's module has the op's functions, `why_not(*inputs)`, which says why it cannot run (None: it can), and, where it
+can run without being worth it, `not_for_auto(*inputs)`, which says why `auto` should pass it by.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +49,7 @@ def pick(op: str, backend: str, *inputs: Any) -> tuple[str, ModuleType]:
     room = _ROOMS[op]
     if backend == "auto":
         for name, module in room.items():
-            if module.why_not(*inputs) is None:
+            if module.why_not(*inputs) is None and _not_for_auto(module, *inputs) is None:
                 return name, module
         reasons = "; ".join(f"{name}: {module.why_not(*inputs)}" for name, module in room.items())
         raise BackendUnavailable(f"{op}: no backend can run these inputs ({reasons})")
@@ -54,6 +58,10 @@ def pick(op: str, backend: str, *inputs: Any) -> tuple[str, ModuleType]:
     if reason is not None:
         raise BackendUnavailable(f"{op}: backend '{backend}' cannot run these inputs: {reason}")
     return backend, room[backend]
+
+
+def _not_for_auto(module: ModuleType, *inputs: Any) -> str | None:
+    return module.not_for_auto(*inputs) if hasattr(module, "not_for_auto") else None
 
 
 def resolve(op: str, backend: str) -> str:

@@ -84,4 +84,4 @@ def ghost_inner(
             raise InputError(f"{OP}: {side}1 and {side}2 must be equally wide, got {x.shape[1]} and {y.shape[1]}")
     checks.need_cu_seqlens(OP, cu_seqlens, tokens)
     _, room = dispatch.pick(OP, backend, left1, right1, left2, right2)
-    return room.ghost_inner(left1, right1, left2, right2, cu_seqlens.tolist())
+    return room.ghost_inner(left1, right1, left2, right2, cu_seqlens)

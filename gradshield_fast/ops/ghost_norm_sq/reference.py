@@ -39,7 +39,7 @@ def _gram(x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def ghost_inner(
-    left1: torch.Tensor, right1: torch.Tensor, left2: torch.Tensor, right2: torch.Tensor, bounds: list[int]
+    left1: torch.Tensor, right1: torch.Tensor, left2: torch.Tensor, right2: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> torch.Tensor:
     """s[n] = sum_{t, u in n} (left1[t] . left2[u]) (right1[t] . right2[u]), in the cheaper of its two orders.
 
@@ -48,15 +48,15 @@ def ghost_inner(
         right1: Float[Tensor, "tokens cols"] or ids.
         left2: like left1.
         right2: like right1.
-        bounds: row boundaries, examples + 1 of them.
+        cu_seqlens: Int[Tensor, "examples+1"], row boundaries.
 
     Returns:
         Float[Tensor, "examples"].
     """
     factors = (left1, right1, left2, right2)
     dtype = accumulate_dtype(*(x for x in factors if x.is_floating_point()))
-    out = torch.zeros(len(bounds) - 1, dtype=dtype, device=left1.device)
-    for n, (start, end) in enumerate(pairwise(bounds)):
+    out = torch.zeros(cu_seqlens.numel() - 1, dtype=dtype, device=left1.device)
+    for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
         l1, r1, l2, r2 = (x[start:end] for x in factors)
         tokens = end - start
         if all(x.ndim == 2 for x in factors) and tokens * (l1.shape[1] + r1.shape[1]) > l1.shape[1] * r1.shape[1]:

@@ -1,0 +1,59 @@
+"""Signature, checks and dispatch of the two-sided projection of per-example gradients."""
+
+from __future__ import annotations
+
+import torch
+
+from gradshield_fast.errors import InputError
+from gradshield_fast.ops import checks, dispatch
+from gradshield_fast.ops.ghost_project import reference
+
+OP = "ghost_project"
+BACKENDS = dispatch.register(OP, {"reference": reference})
+
+
+def ghost_project(
+    a: torch.Tensor,
+    g: torch.Tensor,
+    p_in: torch.Tensor,
+    p_out: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Project every packed example's gradient of a linear layer to a small matrix, from both sides.
+
+        s[n] = p_out^T G[n] p_in = sum_{t in n} (p_out^T g[t]) (p_in^T a[t])^T,      G[n] = sum_{t in n} g[t] a[t]^T
+
+    With p_out and p_in random this is the compressed gradient of projected influence scores; with orthonormal bases of
+    a direction's two sides it holds all that a low-rank direction can see of G[n].
+
+    Args:
+        a: Float[Tensor, "tokens d_in"], activation entering the layer.
+        g: Float[Tensor, "tokens d_out"], output gradient of the summed token loss, in nats.
+        p_in: Float[Tensor, "d_in k_in"], input side of the projection.
+        p_out: Float[Tensor, "d_out k_out"], output side of the projection.
+        cu_seqlens: Int32[Tensor, "examples+1"], row boundaries; a repeat is an empty example, whose projection is 0.
+        backend: "auto" or a backend's name.
+
+    Returns:
+        Float32[Tensor, "examples k_out k_in"], nats/weight; float64 where an input is float64.
+
+    Raises:
+        InputError: a shape, dtype or device disagrees.
+        BackendUnavailable: the named backend cannot run these inputs.
+
+    Source: arXiv:2405.13954 (LoGra), the two-sided projection of a layer's per-example gradient.
+    """
+    for name, x in (("a", a), ("g", g), ("p_in", p_in), ("p_out", p_out)):
+        checks.need_matrix(OP, name, x)
+    tokens = checks.need_same_tokens(OP, a=a, g=g)
+    if p_in.shape[0] != a.shape[1] or p_out.shape[0] != g.shape[1]:
+        raise InputError(
+            f"{OP}: p_in must have d_in={a.shape[1]} rows (from a) and p_out d_out={g.shape[1]} (from g), "
+            f"got {tuple(p_in.shape)} and {tuple(p_out.shape)}"
+        )
+    checks.need_one_device(OP, a=a, p_in=p_in, p_out=p_out)
+    checks.need_cu_seqlens(OP, cu_seqlens, tokens)
+    _, room = dispatch.pick(OP, backend, a, g, p_in, p_out)
+    return room.ghost_project(a, g, p_in, p_out, cu_seqlens)

@@ -1,0 +1,149 @@
+"""Signature, checks and dispatch of the fused head and loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from gradshield_fast.errors import InputError
+from gradshield_fast.ops import checks, dispatch
+from gradshield_fast.ops.ghost_dot_lowrank.api import membership
+from gradshield_fast.ops.linear_cross_entropy import reference
+
+OP = "linear_cross_entropy"
+BACKENDS = dispatch.register(OP, {"reference": reference})
+
+IGNORE = -100
+
+
+class HeadLoss(NamedTuple):
+    """What the head gives for each position.
+
+    Attributes:
+        loss: Float32[Tensor, "tokens"], negative log-likelihood of the label, in nats; 0 where it is -100.
+        dh: Float32[Tensor, "tokens d"], token_weight[t] * d loss[t] / d h[t].
+        dot: Float32[Tensor, "tokens directions"], the head's position terms g[t] . (r h[t]); None without directions.
+    """
+
+    loss: torch.Tensor
+    dh: torch.Tensor
+    dot: torch.Tensor | None
+
+
+def linear_cross_entropy(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    token_weight: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    r: torch.Tensor | None = None,
+    p: torch.Tensor | None = None,
+    q: torch.Tensor | None = None,
+    ranks: Sequence[int] | None = None,
+    backend: str = "auto",
+) -> HeadLoss:
+    """Loss, its gradient at the hidden state and the head's ghost dot, in blocks of the vocabulary.
+
+        y[t, v] = h[t] . W[v],    z = scale * y,    z' = softcap * tanh(z / softcap)   (z' = z without a softcap)
+        loss[t] = log sum_v exp z'[t, v] - z'[t, label[t]]
+        g[t, v] = w[t] * (softmax(z'[t])[v] - [v = label[t]]) * dz'/dy,    dh[t] = sum_v g[t, v] W[v]
+        dot[t, k] = sum_v g[t, v] (r_k[v] . h[t])                          r_k dense, or p_k q_k^T
+
+    The logits [tokens, vocabulary] and their gradient exist a block at a time. For a label that the model is sure of,
+    softmax - 1 would cancel: it is taken as minus the sum of the others, so that a small gradient keeps its digits.
+
+    Args:
+        h: Float[Tensor, "tokens d"], hidden states entering the head; positions without a loss are best left out.
+        weight: Float[Tensor, "vocabulary d"], the head's weight; a head with a bias is not handled.
+        labels: Int64[Tensor, "tokens"], the token to predict at each position (already shifted); -100: no loss.
+        token_weight: Float32[Tensor, "tokens"], factor of each position's gradient, such as 1 / the row's response
+            tokens; None: 1. It does not enter `loss`.
+        scale: factor on the logits, before the softcap.
+        softcap: soft bound on the logits; None: none.
+        r: Float[Tensor, "directions vocabulary d"], dense directions on `weight`.
+        p: Float[Tensor, "vocabulary ranks"], output sides of low-rank directions side by side; not with `r`.
+        q: Float[Tensor, "d ranks"], their input sides.
+        ranks: columns of each low-rank direction, summing to p.shape[1]; None: all columns are one direction.
+        backend: "auto" or a backend's name.
+
+    Returns:
+        `HeadLoss`; float64 where an input is float64.
+
+    Raises:
+        InputError: a shape, dtype or device disagrees, a label is not in the vocabulary, or both kinds of direction
+            are given.
+        BackendUnavailable: the named backend cannot run these inputs.
+
+    Source: arXiv:2411.09009 (the loss without stored logits); the head's ghost dot is arXiv:2406.11011's.
+    """
+    for name, x in (("h", h), ("weight", weight)):
+        checks.need_matrix(OP, name, x)
+    if h.shape[1] != weight.shape[1]:
+        raise InputError(f"{OP}: weight must have d={h.shape[1]} columns (from h), got {tuple(weight.shape)}")
+    if labels.ndim != 1 or labels.dtype not in (torch.int32, torch.int64):
+        raise InputError(f"{OP}: labels must be a vector of int32 or int64, got {labels.dtype} {tuple(labels.shape)}")
+    tokens = checks.need_same_tokens(OP, h=h, labels=labels)
+    checks.need_one_device(OP, h=h, weight=weight)
+    if tokens and weight.shape[0] == 0:
+        raise InputError(f"{OP}: weight has no rows, so no label can be predicted")
+    if labels.device.type == "cpu" and tokens:
+        low, high = int(labels.min()), int(labels.max())
+        if high >= weight.shape[0] or bool(((labels < 0) & (labels != IGNORE)).any()):
+            raise InputError(f"{OP}: labels must be -100 or lie in 0..{weight.shape[0] - 1}, got {low}..{high}")
+    if token_weight is not None:
+        if token_weight.shape != (tokens,) or not token_weight.is_floating_point():
+            raise InputError(
+                f"{OP}: token_weight must be a float vector of {tokens} tokens (from h), "
+                f"got {token_weight.dtype} {tuple(token_weight.shape)}"
+            )
+        checks.need_one_device(OP, h=h, token_weight=token_weight)
+    if scale != scale or scale in (float("inf"), -float("inf")):
+        raise InputError(f"{OP}: scale must be finite, got {scale}")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise InputError(f"{OP}: softcap must be positive and finite, or None, got {softcap}")
+    member = _check_directions(h, weight, r, p, q, ranks)
+    _, room = dispatch.pick(OP, backend, h, weight, r, p, q)
+    loss, dh, dot = room.linear_cross_entropy(h, weight, labels.long(), token_weight, scale, softcap, r, p, q, member)
+    return HeadLoss(loss, dh, dot)
+
+
+def _check_directions(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    r: torch.Tensor | None,
+    p: torch.Tensor | None,
+    q: torch.Tensor | None,
+    ranks: Sequence[int] | None,
+) -> torch.Tensor | None:
+    """Check the directions and say which column of p and q belongs to which.
+
+    Returns:
+        Float[Tensor, "ranks directions"], or None without low-rank directions.
+    """
+    if (p is None) != (q is None) or (r is not None and p is not None) or (ranks is not None and p is None):
+        raise InputError(f"{OP}: give directions as r, or as p with q (and ranks), or none; got a mixture")
+    if r is not None:
+        if r.ndim != 3 or r.shape[1:] != weight.shape:
+            raise InputError(
+                f"{OP}: r must be [directions, vocabulary, d] with {tuple(weight.shape)} (from weight), "
+                f"got {tuple(r.shape)}"
+            )
+        checks.need_one_device(OP, h=h, r=r)
+    if p is None or q is None:
+        return None
+    checks.need_matrix(OP, "p", p)
+    checks.need_matrix(OP, "q", q)
+    checks.need_one_device(OP, h=h, p=p, q=q)
+    if p.shape[0] != weight.shape[0] or q.shape[0] != h.shape[1] or p.shape[1] != q.shape[1]:
+        raise InputError(
+            f"{OP}: p must be [vocabulary, ranks] and q [d, ranks] with vocabulary={weight.shape[0]} and "
+            f"d={h.shape[1]}, got {tuple(p.shape)} and {tuple(q.shape)}"
+        )
+    ranks = [p.shape[1]] if ranks is None else ranks
+    if sum(ranks) != p.shape[1]:
+        raise InputError(f"{OP}: ranks must sum to the {p.shape[1]} columns of p, got {list(ranks)}")
+    return membership(ranks, q)
