@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gradshield_fast.corpus_files import find_files, iter_raw
 from gradshield_fast.model_source import DEMO_MODEL
-from gradshield_fast.pipeline.options import CorpusOptions, DirectionOptions, ModelOptions, RunOptions
+from gradshield_fast.pipeline.options import CorpusOptions, DirectionOptions, ModelOptions, RunOptions, ScoringOptions
 from gradshield_fast.pipeline.summary import Summary
 
 HARMFUL = ("open_harm", "disguised")
@@ -24,7 +24,9 @@ def explanation() -> str:
     return (
         "Scoring a bundled corpus with SmolLM2-135M-Instruct. That model is helpful but not safety-tuned: it answers\n"
         "harmful questions, so the likelihood of a refusal alone (refusal_logprob) would put the rows in the wrong\n"
-        "order. The demo therefore uses refusal_margin, how much likelier a refusal is than a compliant answer.\n"
+        "order. The demo therefore uses refusal_margin, how much likelier a refusal is than a compliant answer. It\n"
+        "also divides by the gradients' norms (--normalize cosine): very short answers have such large gradients that a\n"
+        "raw dot product drops some of them.\n"
     )
 
 
@@ -42,6 +44,7 @@ def demo_options(out: Path) -> RunOptions:
         model=ModelOptions(DEMO_MODEL, device="cpu"),
         out=out,
         direction=DirectionOptions(score="refusal_margin"),
+        scoring=ScoringOptions(normalize="cosine"),
     )
 
 

@@ -23,7 +23,8 @@ class SafetyProbes:
 
     Attributes:
         prompts: harmful prompts, one user turn each.
-        refusals: wordings of a refusal; the one that a model favours is measured on it.
+        refusals: wordings of a refusal; `refusal_logprob` measures the one that the model favours, `refusal_margin`
+            deals all of them to the prompts in turn.
         compliances: first words of an answer that complies, dealt to the prompts in turn.
         categories: category of each prompt, "" where it has none; empty: no prompt has one.
         own_refusals: refusal that belongs to a prompt, "" where `refusals` serve; empty: no prompt has one.

@@ -53,9 +53,12 @@ def safety_score(
         refusal_logprob   S = mean over probes p of  R(p) = mean over t of log p(refusal_t | p, refusal_<t)
         refusal_margin    S = mean over probes p of  R(p) - C(p),  C the same for a compliant opening
 
-    The refusal is the wording that the model itself favours, unless a probe brings its own: the largest mean R on a
-    few of the probes. Only the words of an answer count, never the end of the turn. Whether the model refuses is read
-    off its own greedy answers, see `gradshield_fast.refusal`; the log-probability of given words does not tell.
+    Unless a probe brings its own refusal, `refusal_logprob` measures the wording that the model itself favours, the
+    largest mean R on a few of the probes: among several, its gradient tells wordings apart instead of refusal from
+    compliance. `refusal_margin` has the compliant answer to tell apart from, and deals all wordings to the probes in
+    turn, so that none of them counts by its own words. Only the words of an answer count, never the end of the turn.
+    Whether the model refuses is read off its own greedy answers, see `gradshield_fast.refusal`; the log-probability of
+    given words does not tell.
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one.
@@ -63,7 +66,7 @@ def safety_score(
         probes: what to ask, and how a refusal and compliance read.
         score: "refusal_logprob" or "refusal_margin": which of them is `S`; both are measured.
         batch_tokens: tokens a forward pass may hold, padding included; a longer probe goes alone.
-        refusals_per_probe: how many favoured wordings are measured on each probe; R is their mean.
+        refusals_per_probe: how many wordings are measured on each probe; R is their mean.
         progress: called with (answers done, answers in all): compared, judged and measured ones.
 
     Returns:
@@ -109,7 +112,7 @@ def safety_gradient(
         weights: regular expression, searched in the names of `model.named_parameters()`; a tied weight is found under
             each of its names. None: the weights that require grad where others do not (PEFT), else all.
         batch_tokens: tokens a pass may hold, padding included; a longer probe goes alone.
-        refusals_per_probe: how many favoured wordings are measured on each probe; R is their mean.
+        refusals_per_probe: how many wordings are measured on each probe; R is their mean.
         allow_unaligned: go on where `check_aligned` would raise; the report says so.
         progress: called with (answers done, answers in all): compared, judged and measured ones.
 
@@ -183,10 +186,11 @@ class _Meter:
         self._batch_tokens, self._progress = batch_tokens, progress
         self._device, self._vocabulary = place_of(model)
         self._encoder = AnswerEncoder(tokenizer)
-        self._favoured: tuple[str, ...] = ()
+        self._used: tuple[str, ...] = ()
         self._per_probe = min(per_probe, len(probes.refusals))
         self._own = [probes.own_refusals[i] if probes.own_refusals else "" for i in range(len(probes))]
-        self._compares = self._per_probe < len(probes.refusals) and not all(self._own)
+        deals = score == "refusal_margin"
+        self._compares = not deals and self._per_probe < len(probes.refusals) and not all(self._own)
         self._done = 0
         self._total = min(JUDGED, len(probes)) + len(probes)
         self._total += sum(1 if own else self._per_probe for own in self._own)
@@ -202,7 +206,7 @@ class _Meter:
         return sum(refused) / len(some), len(some)
 
     def refusals(self) -> list[_Answer]:
-        """The refusals to measure: each probe's own, or those that the model favours."""
+        """The refusals to measure: each probe's own, or those that the model favours, or all of them in turn."""
         wordings = self._probes.refusals
         if self._compares:
             prompts = self._probes.subset(min(COMPARED, len(self._probes))).prompts
@@ -210,11 +214,14 @@ class _Meter:
             values = self.measure(tries)
             means = [math.fsum(values[i : i + len(prompts)]) for i in range(0, len(tries), len(prompts))]
             wordings = tuple(w for _, w in sorted(zip(means, wordings, strict=True), key=lambda pair: -pair[0]))
+        count = self._per_probe
+        deals = self._score == "refusal_margin"
         if not all(self._own):
-            self._favoured = wordings[: self._per_probe]
+            self._used = wordings if deals else wordings[:count]
         answers = []
         for i, (prompt, own) in enumerate(zip(self._probes.prompts, self._own, strict=True)):
-            texts = (own,) if own else self._favoured
+            turn = [wordings[(i * count + j) % len(wordings)] for j in range(count)] if deals else self._used
+            texts = (own,) if own else turn
             answers += [self._answer(i, prompt, text, 1 / len(texts)) for text in texts]
         return answers
 
@@ -274,7 +281,7 @@ class _Meter:
             S=margin if self._score == "refusal_margin" else math.fsum(refusal) / n,
             refusal_logprob=tuple(refusal),
             compliance_logprob=tuple(compliance_values),
-            refusals=self._favoured,
+            refusals=self._used,
             refusal_rate=rate[0],
             judged=rate[1],
             margin=margin,

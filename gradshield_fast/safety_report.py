@@ -23,7 +23,7 @@ class SafetyReport:
         S: that score, in nats a token.
         refusal_logprob: mean log-probability of a refusal's tokens, for each probe, in nats a token.
         compliance_logprob: the same for a compliant opening.
-        refusals: wordings that were measured, the probes' own refusals aside: those that the model favours.
+        refusals: wordings that were measured, the probes' own refusals aside.
         refusal_rate: share of the judged probes to which the model's own greedy answer begins with a refusal.
         judged: number of judged probes, spread evenly over all of them.
         margin: mean over probes of refusal_logprob - compliance_logprob.

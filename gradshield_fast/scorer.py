@@ -24,6 +24,9 @@ from gradshield_fast.plan import Plan, all_of
 from gradshield_fast.tally import Tally
 from gradshield_fast.universal import MethodFailed
 
+OPS = ("ghost_dot", "ghost_dot_lowrank", "embedding_dot", "scale_dot")
+"""Ops that a named backend must have; with norms, ghost_norm_sq too."""
+
 VERIFY_BOUND = {torch.float64: 1e-9, torch.float32: 1e-5}
 """Allowed error of `verify`, in units of sum |grad loss * r|, by the model's dtype; 1e-3 for 16-bit models, whose
 weight gradients autograd itself rounds."""
@@ -43,7 +46,7 @@ class Scores:
             one token's loss.
         valid: Bool[Tensor, "rows"]: the row has a label and its loss and scores are finite. A row that is not valid
             was not scored, and must never be called safe.
-        backends: op -> the backend it ran on.
+        backends: op -> the backend that ran it; several are joined by "+".
     """
 
     dot: torch.Tensor
@@ -96,7 +99,9 @@ class Scorer:
             raise InputError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
         if hasattr(model, "_orig_mod"):
             raise InputError("the model is wrapped by torch.compile, which hides its modules; pass the model itself")
-        self.backends = {op: dispatch.resolve(op, backend) for op in dispatch.available()}
+        for op in (*OPS, "ghost_norm_sq") if norms else OPS:
+            dispatch.resolve(op, backend)
+        self._ran: dict[str, set[str]] = {}
         direction.check(model)
         self.model, self.direction, self.backend = model, direction, backend
         self.loss_reduction, self.norms, self.token_scores, self.verify = loss_reduction, norms, token_scores, verify
@@ -112,6 +117,11 @@ class Scorer:
         self._hooks: ExitStack | None = None
         self._capture: Capture | None = None
         self._calibrated = False
+
+    @property
+    def backends(self) -> dict[str, str]:
+        """Op's name -> the backend that has run it so far; several are joined by "+", as of shapes that differ."""
+        return {op: "+".join(sorted(names)) for op, names in sorted(self._ran.items())}
 
     @property
     def methods(self) -> dict[str, list[str]]:
@@ -230,13 +240,16 @@ class Scorer:
         )
         self._capture.tally = tally
         try:
-            with torch.enable_grad():
-                losses = row_losses(self.model, padded, self._call)
-                if losses.requires_grad:
-                    losses.sum().backward()
-            tally.finish()
+            with dispatch.record() as ran:
+                with torch.enable_grad():
+                    losses = row_losses(self.model, padded, self._call)
+                    if losses.requires_grad:
+                        losses.sum().backward()
+                tally.finish()
         finally:
             self._capture.tally = None
+        for op, names in ran.items():
+            self._ran.setdefault(op, set()).update(names)
         return losses.detach(), tally
 
     def _verify(self, padded: PaddedBatch, losses: torch.Tensor, tally: Tally) -> None:

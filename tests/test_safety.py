@@ -78,8 +78,11 @@ def plain_score(model: Any, tokenizer: Any, score: str, per_probe: int = 1) -> t
         return sum(mean_logprob(model, tokenizer, prompt, text).item() for prompt in PROBES.prompts)
 
     total = torch.zeros((), dtype=torch.float64)
-    refusals = sorted(PROBES.refusals, key=likely, reverse=True)[:per_probe]
+    favoured = sorted(PROBES.refusals, key=likely, reverse=True)[:per_probe]
+    wordings = PROBES.refusals
     for i, prompt in enumerate(PROBES.prompts):
+        turn = [wordings[(i * per_probe + j) % len(wordings)] for j in range(per_probe)]
+        refusals = turn if score == "refusal_margin" else favoured
         total = total + sum(mean_logprob(model, tokenizer, prompt, text) for text in refusals) / len(refusals)
         if score == "refusal_margin":
             total = total - mean_logprob(model, tokenizer, prompt, PROBES.compliance_of(i))

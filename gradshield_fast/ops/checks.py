@@ -76,10 +76,27 @@ def need_one_device(op: str, **tensors: torch.Tensor) -> None:
             raise InputError(f"{op}: {first} is on {x.device}, but {name} is on {y.device}; move one of them")
 
 
-def need_cu_seqlens(op: str, cu_seqlens: torch.Tensor, tokens: int) -> None:
-    """Require row boundaries: int32 or int64, starting at 0, never falling, ending at the number of tokens.
+def need_cu_seqlens(op: str, cu_seqlens: torch.Tensor) -> None:
+    """Require the form of row boundaries: a vector of int32 or int64. Their values are `need_boundaries`'s.
 
-    On a GPU only shape and dtype are looked at, since the values would cost a synchronisation.
+    Args:
+        op: the op's name, for the message.
+        cu_seqlens: Int32[Tensor, "examples+1"].
+
+    Raises:
+        InputError: it is not of that form.
+    """
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise InputError(
+            f"{op}: cu_seqlens must be a vector of int32 or int64 with one more entry than there are examples, "
+            f"got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        )
+
+
+def need_boundaries(op: str, cu_seqlens: torch.Tensor, tokens: int) -> None:
+    """Require that row boundaries start at 0, never fall and end at the number of tokens.
+
+    On a GPU they are not looked at, since that would cost a synchronisation.
 
     Args:
         op: the op's name, for the message.
@@ -89,11 +106,6 @@ def need_cu_seqlens(op: str, cu_seqlens: torch.Tensor, tokens: int) -> None:
     Raises:
         InputError: the boundaries are not of that form.
     """
-    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise InputError(
-            f"{op}: cu_seqlens must be a vector of int32 or int64 with one more entry than there are examples, "
-            f"got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
-        )
     if cu_seqlens.device.type != "cpu":
         return
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])

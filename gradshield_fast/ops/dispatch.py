@@ -6,7 +6,8 @@ can run without being worth it, `not_for_auto(*inputs)`, which says why `auto` s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,7 @@ KNOWN_BACKENDS = ("native", "triton", "reference")
 """Every backend name that the package knows, in the order `auto` prefers them."""
 
 _ROOMS: dict[str, Mapping[str, ModuleType]] = {}
+_LISTENERS: list[dict[str, set[str]]] = []
 
 
 def register(op: str, backends: Mapping[str, ModuleType]) -> Mapping[str, ModuleType]:
@@ -32,8 +34,8 @@ def register(op: str, backends: Mapping[str, ModuleType]) -> Mapping[str, Module
     return backends
 
 
-def pick(op: str, backend: str, *inputs: Any) -> tuple[str, ModuleType]:
-    """Choose the backend that will run `op` on `inputs`.
+def pick(op: str, backend: str, *inputs: Any) -> ModuleType:
+    """Choose the backend that will run `op` on `inputs`, and tell those who listen (`record`).
 
     Args:
         op: the op's name.
@@ -41,23 +43,49 @@ def pick(op: str, backend: str, *inputs: Any) -> tuple[str, ModuleType]:
         inputs: the op's tensors, which `why_not` looks at.
 
     Returns:
-        The backend's name and its module.
+        The backend's module.
 
     Raises:
         BackendUnavailable: the named backend cannot run these inputs.
     """
     room = _ROOMS[op]
-    if backend == "auto":
-        for name, module in room.items():
-            if module.why_not(*inputs) is None and _not_for_auto(module, *inputs) is None:
-                return name, module
+    name = _auto(op, room, inputs) if backend == "auto" else _named(op, room, backend, inputs)
+    for seen in _LISTENERS:
+        seen.setdefault(op, set()).add(name)
+    return room[name]
+
+
+def _auto(op: str, room: Mapping[str, ModuleType], inputs: tuple[Any, ...]) -> str:
+    able = [name for name, module in room.items() if module.why_not(*inputs) is None]
+    if not able:
         reasons = "; ".join(f"{name}: {module.why_not(*inputs)}" for name, module in room.items())
         raise BackendUnavailable(f"{op}: no backend can run these inputs ({reasons})")
+    worth = [name for name in able if _not_for_auto(room[name], *inputs) is None]
+    return (worth or able)[0]
+
+
+def _named(op: str, room: Mapping[str, ModuleType], backend: str, inputs: tuple[Any, ...]) -> str:
     resolve(op, backend)
     reason = room[backend].why_not(*inputs)
     if reason is not None:
         raise BackendUnavailable(f"{op}: backend '{backend}' cannot run these inputs: {reason}")
-    return backend, room[backend]
+    return backend
+
+
+@contextmanager
+def record() -> Iterator[dict[str, set[str]]]:
+    """Note which backends run inside the scope, in any thread: a GPU's backward pass has a thread of its own.
+
+    Yields:
+        Op's name -> backends that ran it so far.
+    """
+    seen: dict[str, set[str]] = {}
+    _LISTENERS.append(seen)
+    try:
+        yield seen
+    finally:
+        # by identity: two records with the same content are equal
+        _LISTENERS[:] = [other for other in _LISTENERS if other is not seen]
 
 
 def _not_for_auto(module: ModuleType, *inputs: Any) -> str | None:

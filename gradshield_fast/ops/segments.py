@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from gradshield_fast.ops import checks, library
 
-def segment_sum(u: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+
+def segment_sum(u: torch.Tensor, cu_seqlens: torch.Tensor, op: str = "segment_sum") -> torch.Tensor:
     """Sum position terms over each example's tokens.
 
         s[n] = sum_{t = cu_seqlens[n]}^{cu_seqlens[n+1] - 1} u[t]
@@ -16,11 +18,28 @@ def segment_sum(u: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     Args:
         u: Float[Tensor, "tokens ..."], position terms.
         cu_seqlens: Int[Tensor, "examples+1"], row boundaries; a repeat is an empty example, whose sum is 0.
+        op: the op whose terms these are, for messages.
 
     Returns:
         Tensor of u's dtype, "examples ...".
+
+    Raises:
+        InputError: the boundaries do not start at 0, fall, or do not end at the number of tokens.
     """
+    return _segment_sum(u, cu_seqlens, op)
+
+
+def _run(u: torch.Tensor, cu_seqlens: torch.Tensor, op: str) -> torch.Tensor:
+    checks.need_boundaries(op, cu_seqlens, u.shape[0])
     offsets = cu_seqlens.to(device=u.device, dtype=torch.int64)
     if u.shape[0] == 0 or offsets.numel() == 1:
         return u.new_zeros((offsets.numel() - 1, *u.shape[1:]))
     return torch.segment_reduce(u.double(), "sum", offsets=offsets, axis=0, initial=0.0).to(u.dtype)
+
+
+def _shape(u: torch.Tensor, cu_seqlens: torch.Tensor, op: str) -> torch.Tensor:
+    del op
+    return u.new_empty((cu_seqlens.shape[0] - 1, *u.shape[1:]))
+
+
+_segment_sum = library.define("segment_sum", "(Tensor u, Tensor cu_seqlens, str op) -> Tensor", _run, _shape)

@@ -5,11 +5,28 @@ from __future__ import annotations
 import torch
 
 from gradshield_fast.errors import InputError
-from gradshield_fast.ops import checks, dispatch
+from gradshield_fast.ops import checks, dispatch, library
 from gradshield_fast.ops.embedding_dot import reference
 from gradshield_fast.ops.segments import segment_sum
 
-BACKENDS = dispatch.register("embedding_dot", {"reference": reference})
+OP = "embedding_dot"
+BACKENDS = dispatch.register(OP, {"reference": reference})
+
+
+def _run(ids: torch.Tensor, g: torch.Tensor, r: torch.Tensor, backend: str) -> torch.Tensor:
+    if ids.device.type == "cpu" and ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < r.shape[1]):
+        raise InputError(
+            f"{OP}: ids must lie in 0..{r.shape[1] - 1} (the table's rows), got {int(ids.min())}..{int(ids.max())}"
+        )
+    return dispatch.pick(OP, backend, ids, g, r).embedding_dot(ids.long(), g, r)
+
+
+def _shape(ids: torch.Tensor, g: torch.Tensor, r: torch.Tensor, backend: str) -> torch.Tensor:
+    del backend
+    return g.new_empty((ids.shape[0], r.shape[0]), dtype=checks.accumulate_dtype(g, r))
+
+
+_terms = library.define("embedding_dot_terms", "(Tensor ids, Tensor g, Tensor r, str backend) -> Tensor", _run, _shape)
 
 
 def embedding_dot(
@@ -41,25 +58,20 @@ def embedding_dot(
 
     Source: arXiv:2406.11011, written for a one-hot activation.
     """
-    op = "embedding_dot"
-    checks.need_matrix(op, "g", g)
+    checks.need_matrix(OP, "g", g)
     if ids.ndim != 1 or ids.dtype not in (torch.int32, torch.int64):
-        raise InputError(f"{op}: ids must be a vector of int32 or int64, got {ids.dtype} of shape {tuple(ids.shape)}")
-    tokens = checks.need_same_tokens(op, ids=ids, g=g)
+        raise InputError(f"{OP}: ids must be a vector of int32 or int64, got {ids.dtype} of shape {tuple(ids.shape)}")
+    checks.need_same_tokens(OP, ids=ids, g=g)
     single = r.ndim == 2
     if r.ndim not in (2, 3) or r.shape[-1] != g.shape[1]:
         raise InputError(
-            f"{op}: r must be [vocabulary, d] or [directions, vocabulary, d] with d={g.shape[1]} (from g), "
+            f"{OP}: r must be [vocabulary, d] or [directions, vocabulary, d] with d={g.shape[1]} (from g), "
             f"got {tuple(r.shape)}"
         )
-    if ids.device.type == "cpu" and tokens and not (int(ids.min()) >= 0 and int(ids.max()) < r.shape[-2]):
-        raise InputError(
-            f"{op}: ids must lie in 0..{r.shape[-2] - 1} (the table's rows), got {int(ids.min())}..{int(ids.max())}"
-        )
+    checks.need_one_device(OP, g=g, r=r)
     if cu_seqlens is not None:
-        checks.need_cu_seqlens(op, cu_seqlens, tokens)
+        checks.need_cu_seqlens(OP, cu_seqlens)
     r = r[None] if single else r
-    _, room = dispatch.pick(op, backend, ids, g, r)
-    u = room.embedding_dot(ids.long(), g, r)
-    s = u if cu_seqlens is None else segment_sum(u, cu_seqlens)
+    u = _terms(ids, g, r, backend)
+    s = u if cu_seqlens is None else segment_sum(u, cu_seqlens, OP)
     return s[:, 0] if single else s

@@ -5,11 +5,24 @@ from __future__ import annotations
 import torch
 
 from gradshield_fast.errors import InputError
-from gradshield_fast.ops import checks, dispatch
+from gradshield_fast.ops import checks, dispatch, library
 from gradshield_fast.ops.ghost_dot import reference
 from gradshield_fast.ops.segments import segment_sum
 
-BACKENDS = dispatch.register("ghost_dot", {"reference": reference})
+OP = "ghost_dot"
+BACKENDS = dispatch.register(OP, {"reference": reference})
+
+
+def _run(a: torch.Tensor, g: torch.Tensor, r: torch.Tensor, backend: str) -> torch.Tensor:
+    return dispatch.pick(OP, backend, a, g, r).ghost_dot(a, g, r)
+
+
+def _shape(a: torch.Tensor, g: torch.Tensor, r: torch.Tensor, backend: str) -> torch.Tensor:
+    del backend
+    return a.new_empty((a.shape[0], r.shape[0]), dtype=checks.accumulate_dtype(a, g, r))
+
+
+_terms = library.define("ghost_dot_terms", "(Tensor a, Tensor g, Tensor r, str backend) -> Tensor", _run, _shape)
 
 
 def ghost_dot(
@@ -43,20 +56,19 @@ def ghost_dot(
 
     Source: the ghost dot product of arXiv:2406.11011, with the validation gradient stored as `r`.
     """
-    op = "ghost_dot"
-    checks.need_matrix(op, "a", a)
-    checks.need_matrix(op, "g", g)
-    tokens = checks.need_same_tokens(op, a=a, g=g)
+    checks.need_matrix(OP, "a", a)
+    checks.need_matrix(OP, "g", g)
+    checks.need_same_tokens(OP, a=a, g=g)
     single = r.ndim == 2
     if r.ndim not in (2, 3) or r.shape[-2:] != (g.shape[1], a.shape[1]):
         raise InputError(
-            f"{op}: r must be [d_out, d_in] or [directions, d_out, d_in] with d_out={g.shape[1]} (from g) and "
+            f"{OP}: r must be [d_out, d_in] or [directions, d_out, d_in] with d_out={g.shape[1]} (from g) and "
             f"d_in={a.shape[1]} (from a), got {tuple(r.shape)}. Is the weight stored [in, out]? Then pass r.T"
         )
+    checks.need_one_device(OP, a=a, r=r)
     if cu_seqlens is not None:
-        checks.need_cu_seqlens(op, cu_seqlens, tokens)
+        checks.need_cu_seqlens(OP, cu_seqlens)
     r = r[None] if single else r
-    _, room = dispatch.pick(op, backend, a, g, r)
-    u = room.ghost_dot(a, g, r)
-    s = u if cu_seqlens is None else segment_sum(u, cu_seqlens)
+    u = _terms(a, g, r, backend)
+    s = u if cu_seqlens is None else segment_sum(u, cu_seqlens, OP)
     return s[:, 0] if single else s

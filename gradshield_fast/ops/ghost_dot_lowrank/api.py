@@ -7,12 +7,45 @@ from collections.abc import Sequence
 import torch
 
 from gradshield_fast.errors import InputError
-from gradshield_fast.ops import checks, dispatch
+from gradshield_fast.ops import checks, dispatch, library
 from gradshield_fast.ops.ghost_dot_lowrank import reference
 from gradshield_fast.ops.segments import segment_sum
 
 OP = "ghost_dot_lowrank"
 BACKENDS = dispatch.register(OP, {"reference": reference})
+
+
+def _run_project(a: torch.Tensor, q: torch.Tensor, backend: str) -> torch.Tensor:
+    return dispatch.pick(OP, backend, a, q).lowrank_project(a, q)
+
+
+def _shape_project(a: torch.Tensor, q: torch.Tensor, backend: str) -> torch.Tensor:
+    del backend
+    return a.new_empty((a.shape[0], q.shape[1]), dtype=checks.accumulate_dtype(a, q))
+
+
+def _run_contract(
+    z: torch.Tensor, g: torch.Tensor, p: torch.Tensor, member: torch.Tensor, backend: str
+) -> torch.Tensor:
+    return dispatch.pick(OP, backend, z, g, p).lowrank_contract(z, g, p, member)
+
+
+def _shape_contract(
+    z: torch.Tensor, g: torch.Tensor, p: torch.Tensor, member: torch.Tensor, backend: str
+) -> torch.Tensor:
+    del backend
+    return z.new_empty((z.shape[0], member.shape[1]), dtype=checks.accumulate_dtype(z, g, p))
+
+
+_project = library.define(
+    "lowrank_project", "(Tensor a, Tensor q, str backend) -> Tensor", _run_project, _shape_project
+)
+_contract = library.define(
+    "lowrank_contract",
+    "(Tensor z, Tensor g, Tensor p, Tensor member, str backend) -> Tensor",
+    _run_contract,
+    _shape_contract,
+)
 
 
 def membership(ranks: Sequence[int], like: torch.Tensor) -> torch.Tensor:
@@ -25,8 +58,8 @@ def membership(ranks: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     Returns:
         Float[Tensor, "ranks directions"].
     """
-    owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(list(ranks), dtype=torch.int64))
-    return torch.nn.functional.one_hot(owner, len(ranks)).to(device=like.device, dtype=like.dtype)
+    owner = torch.tensor([k for k, rank in enumerate(ranks) for _ in range(rank)], dtype=torch.int64)
+    return (owner[:, None] == torch.arange(len(ranks))).to(device=like.device, dtype=like.dtype)
 
 
 def lowrank_project(a: torch.Tensor, q: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
@@ -49,8 +82,8 @@ def lowrank_project(a: torch.Tensor, q: torch.Tensor, *, backend: str = "auto") 
     checks.need_matrix(OP, "q", q)
     if a.shape[1] != q.shape[0]:
         raise InputError(f"{OP}: q must have d_in={a.shape[1]} rows (from a), got {tuple(q.shape)}")
-    _, room = dispatch.pick(OP, backend, a, q)
-    return room.lowrank_project(a, q)
+    checks.need_one_device(OP, a=a, q=q)
+    return _project(a, q, backend)
 
 
 def lowrank_contract(
@@ -82,8 +115,8 @@ def lowrank_contract(
             f"{OP}: p must be [d_out, ranks] = [{g.shape[1]}, {z.shape[1]}] and member [ranks, directions], "
             f"got {tuple(p.shape)} and {tuple(member.shape)}"
         )
-    _, room = dispatch.pick(OP, backend, z, g, p)
-    return room.lowrank_contract(z, g, p, member)
+    checks.need_one_device(OP, g=g, p=p, member=member)
+    return _contract(z, g, p, member, backend)
 
 
 def ghost_dot_lowrank(
@@ -121,14 +154,14 @@ def ghost_dot_lowrank(
     """
     checks.need_matrix(OP, "a", a)
     checks.need_matrix(OP, "q", q)
-    tokens = checks.need_same_tokens(OP, a=a, g=g)
+    checks.need_same_tokens(OP, a=a, g=g)
     if p.shape[-1] != q.shape[-1]:
         raise InputError(f"{OP}: p and q must have the same columns, got {tuple(p.shape)} and {tuple(q.shape)}")
     if ranks is not None and sum(ranks) != p.shape[1]:
         raise InputError(f"{OP}: ranks must sum to the {p.shape[1]} columns of p, got {list(ranks)}")
     if cu_seqlens is not None:
-        checks.need_cu_seqlens(OP, cu_seqlens, tokens)
+        checks.need_cu_seqlens(OP, cu_seqlens)
     z = lowrank_project(a, q, backend=backend)
     u = lowrank_contract(z, g, p, membership([p.shape[1]] if ranks is None else ranks, z), backend=backend)
-    s = u if cu_seqlens is None else segment_sum(u, cu_seqlens)
+    s = u if cu_seqlens is None else segment_sum(u, cu_seqlens, OP)
     return s[:, 0] if ranks is None else s

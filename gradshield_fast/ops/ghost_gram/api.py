@@ -5,11 +5,46 @@ from __future__ import annotations
 import torch
 
 from gradshield_fast.errors import InputError
-from gradshield_fast.ops import checks, dispatch
+from gradshield_fast.ops import checks, dispatch, library
 from gradshield_fast.ops.ghost_gram import reference
 
 OP = "ghost_gram"
 BACKENDS = dispatch.register(OP, {"reference": reference})
+
+
+def _run(
+    a1: torch.Tensor,
+    g1: torch.Tensor,
+    cu1: torch.Tensor,
+    a2: torch.Tensor,
+    g2: torch.Tensor,
+    cu2: torch.Tensor,
+    backend: str,
+) -> torch.Tensor:
+    checks.need_boundaries(OP, cu1, a1.shape[0])
+    checks.need_boundaries(OP, cu2, a2.shape[0])
+    return dispatch.pick(OP, backend, a1, g1, a2, g2).ghost_gram(a1, g1, cu1, a2, g2, cu2)
+
+
+def _shape(
+    a1: torch.Tensor,
+    g1: torch.Tensor,
+    cu1: torch.Tensor,
+    a2: torch.Tensor,
+    g2: torch.Tensor,
+    cu2: torch.Tensor,
+    backend: str,
+) -> torch.Tensor:
+    del backend
+    return a1.new_empty((cu1.shape[0] - 1, cu2.shape[0] - 1), dtype=checks.accumulate_dtype(a1, g1, a2, g2))
+
+
+_gram = library.define(
+    "ghost_gram",
+    "(Tensor a1, Tensor g1, Tensor cu1, Tensor a2, Tensor g2, Tensor cu2, str backend) -> Tensor",
+    _run,
+    _shape,
+)
 
 
 def ghost_gram(
@@ -47,15 +82,14 @@ def ghost_gram(
     """
     for name, x in (("a1", a1), ("g1", g1), ("a2", a2), ("g2", g2)):
         checks.need_matrix(OP, name, x)
-    tokens1 = checks.need_same_tokens(OP, a1=a1, g1=g1)
-    tokens2 = checks.need_same_tokens(OP, a2=a2, g2=g2)
+    checks.need_same_tokens(OP, a1=a1, g1=g1)
+    checks.need_same_tokens(OP, a2=a2, g2=g2)
     if a1.shape[1] != a2.shape[1] or g1.shape[1] != g2.shape[1]:
         raise InputError(
             f"{OP}: both batches must come from one layer: a1 and a2 have {a1.shape[1]} and {a2.shape[1]} columns, "
             f"g1 and g2 {g1.shape[1]} and {g2.shape[1]}"
         )
     checks.need_one_device(OP, a1=a1, a2=a2)
-    checks.need_cu_seqlens(OP, cu_seqlens1, tokens1)
-    checks.need_cu_seqlens(OP, cu_seqlens2, tokens2)
-    _, room = dispatch.pick(OP, backend, a1, g1, a2, g2)
-    return room.ghost_gram(a1, g1, cu_seqlens1, a2, g2, cu_seqlens2)
+    checks.need_cu_seqlens(OP, cu_seqlens1)
+    checks.need_cu_seqlens(OP, cu_seqlens2)
+    return _gram(a1, g1, cu_seqlens1, a2, g2, cu_seqlens2, backend)

@@ -5,11 +5,46 @@ from __future__ import annotations
 import torch
 
 from gradshield_fast.errors import InputError
-from gradshield_fast.ops import checks, dispatch
+from gradshield_fast.ops import checks, dispatch, library
 from gradshield_fast.ops.ghost_norm_sq import reference
 
 OP = "ghost_norm_sq"
 BACKENDS = dispatch.register(OP, {"reference": reference})
+
+
+def _run(
+    left1: torch.Tensor,
+    right1: torch.Tensor,
+    left2: torch.Tensor,
+    right2: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    backend: str,
+) -> torch.Tensor:
+    checks.need_boundaries(OP, cu_seqlens, left1.shape[0])
+    return dispatch.pick(OP, backend, left1, right1, left2, right2).ghost_inner(
+        left1, right1, left2, right2, cu_seqlens
+    )
+
+
+def _shape(
+    left1: torch.Tensor,
+    right1: torch.Tensor,
+    left2: torch.Tensor,
+    right2: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    backend: str,
+) -> torch.Tensor:
+    del backend
+    dtype = checks.accumulate_dtype(*(x for x in (left1, right1, left2, right2) if x.is_floating_point()))
+    return left1.new_empty((cu_seqlens.shape[0] - 1,), dtype=dtype)
+
+
+_inner = library.define(
+    "ghost_inner",
+    "(Tensor left1, Tensor right1, Tensor left2, Tensor right2, Tensor cu_seqlens, str backend) -> Tensor",
+    _run,
+    _shape,
+)
 
 
 def ghost_norm_sq(a: torch.Tensor, g: torch.Tensor, cu_seqlens: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
@@ -76,12 +111,11 @@ def ghost_inner(
         if x.ndim == 1 and x.dtype in (torch.int32, torch.int64):
             continue
         checks.need_matrix(OP, name, x)
-    tokens = checks.need_same_tokens(OP, **factors)
+    checks.need_same_tokens(OP, **factors)
     if not any(x.is_floating_point() for x in factors.values()):
         raise InputError(f"{OP}: at least one factor must be floating point, got ids only")
     for x, y, side in ((left1, left2, "left"), (right1, right2, "right")):
         if x.ndim == 2 and y.ndim == 2 and x.shape[1] != y.shape[1]:
             raise InputError(f"{OP}: {side}1 and {side}2 must be equally wide, got {x.shape[1]} and {y.shape[1]}")
-    checks.need_cu_seqlens(OP, cu_seqlens, tokens)
-    _, room = dispatch.pick(OP, backend, left1, right1, left2, right2)
-    return room.ghost_inner(left1, right1, left2, right2, cu_seqlens)
+    checks.need_cu_seqlens(OP, cu_seqlens)
+    return _inner(left1, right1, left2, right2, cu_seqlens, backend)

@@ -5,11 +5,44 @@ from __future__ import annotations
 import torch
 
 from gradshield_fast.errors import InputError
-from gradshield_fast.ops import checks, dispatch
+from gradshield_fast.ops import checks, dispatch, library
 from gradshield_fast.ops.ghost_project import reference
 
 OP = "ghost_project"
 BACKENDS = dispatch.register(OP, {"reference": reference})
+
+
+def _run(
+    a: torch.Tensor,
+    g: torch.Tensor,
+    p_in: torch.Tensor,
+    p_out: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    backend: str,
+) -> torch.Tensor:
+    checks.need_boundaries(OP, cu_seqlens, a.shape[0])
+    return dispatch.pick(OP, backend, a, g, p_in, p_out).ghost_project(a, g, p_in, p_out, cu_seqlens)
+
+
+def _shape(
+    a: torch.Tensor,
+    g: torch.Tensor,
+    p_in: torch.Tensor,
+    p_out: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    backend: str,
+) -> torch.Tensor:
+    del backend
+    dtype = checks.accumulate_dtype(a, g, p_in, p_out)
+    return a.new_empty((cu_seqlens.shape[0] - 1, p_out.shape[1], p_in.shape[1]), dtype=dtype)
+
+
+_project = library.define(
+    "ghost_project",
+    "(Tensor a, Tensor g, Tensor p_in, Tensor p_out, Tensor cu_seqlens, str backend) -> Tensor",
+    _run,
+    _shape,
+)
 
 
 def ghost_project(
@@ -47,13 +80,12 @@ def ghost_project(
     """
     for name, x in (("a", a), ("g", g), ("p_in", p_in), ("p_out", p_out)):
         checks.need_matrix(OP, name, x)
-    tokens = checks.need_same_tokens(OP, a=a, g=g)
+    checks.need_same_tokens(OP, a=a, g=g)
     if p_in.shape[0] != a.shape[1] or p_out.shape[0] != g.shape[1]:
         raise InputError(
             f"{OP}: p_in must have d_in={a.shape[1]} rows (from a) and p_out d_out={g.shape[1]} (from g), "
             f"got {tuple(p_in.shape)} and {tuple(p_out.shape)}"
         )
     checks.need_one_device(OP, a=a, p_in=p_in, p_out=p_out)
-    checks.need_cu_seqlens(OP, cu_seqlens, tokens)
-    _, room = dispatch.pick(OP, backend, a, g, p_in, p_out)
-    return room.ghost_project(a, g, p_in, p_out, cu_seqlens)
+    checks.need_cu_seqlens(OP, cu_seqlens)
+    return _project(a, g, p_in, p_out, cu_seqlens, backend)

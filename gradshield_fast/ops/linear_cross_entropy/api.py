@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from gradshield_fast.errors import InputError
-from gradshield_fast.ops import checks, dispatch
+from gradshield_fast.ops import checks, dispatch, library
 from gradshield_fast.ops.ghost_dot_lowrank.api import membership
 from gradshield_fast.ops.linear_cross_entropy import reference
 
@@ -16,6 +16,57 @@ OP = "linear_cross_entropy"
 BACKENDS = dispatch.register(OP, {"reference": reference})
 
 IGNORE = -100
+
+
+def _run(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    token_weight: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    r: torch.Tensor | None,
+    p: torch.Tensor | None,
+    q: torch.Tensor | None,
+    member: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if labels.device.type == "cpu" and labels.numel():
+        low, high = int(labels.min()), int(labels.max())
+        if high >= weight.shape[0] or bool(((labels < 0) & (labels != IGNORE)).any()):
+            raise InputError(f"{OP}: labels must be -100 or lie in 0..{weight.shape[0] - 1}, got {low}..{high}")
+    room = dispatch.pick(OP, backend, h, weight, r, p, q)
+    loss, dh, dot = room.linear_cross_entropy(h, weight, labels.long(), token_weight, scale, softcap, r, p, q, member)
+    return loss, dh, loss.new_empty((loss.shape[0], 0)) if dot is None else dot
+
+
+def _shape(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    token_weight: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    r: torch.Tensor | None,
+    p: torch.Tensor | None,
+    q: torch.Tensor | None,
+    member: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    del labels, scale, softcap, backend
+    dtype = checks.accumulate_dtype(*(x for x in (h, weight, token_weight, r, p, q) if x is not None))
+    directions = r.shape[0] if r is not None else 0 if member is None else member.shape[1]
+    tokens, d = h.shape
+    return tuple(h.new_empty(size, dtype=dtype) for size in ((tokens,), (tokens, d), (tokens, directions)))  # type: ignore[return-value]
+
+
+_head = library.define(
+    OP,
+    "(Tensor h, Tensor weight, Tensor labels, Tensor? token_weight, float scale, float? softcap, "
+    "Tensor? r, Tensor? p, Tensor? q, Tensor? member, str backend) -> (Tensor, Tensor, Tensor)",
+    _run,
+    _shape,
+)
 
 
 class HeadLoss(NamedTuple):
@@ -90,10 +141,6 @@ def linear_cross_entropy(
     checks.need_one_device(OP, h=h, weight=weight)
     if tokens and weight.shape[0] == 0:
         raise InputError(f"{OP}: weight has no rows, so no label can be predicted")
-    if labels.device.type == "cpu" and tokens:
-        low, high = int(labels.min()), int(labels.max())
-        if high >= weight.shape[0] or bool(((labels < 0) & (labels != IGNORE)).any()):
-            raise InputError(f"{OP}: labels must be -100 or lie in 0..{weight.shape[0] - 1}, got {low}..{high}")
     if token_weight is not None:
         if token_weight.shape != (tokens,) or not token_weight.is_floating_point():
             raise InputError(
@@ -106,9 +153,8 @@ def linear_cross_entropy(
     if softcap is not None and not 0 < softcap < float("inf"):
         raise InputError(f"{OP}: softcap must be positive and finite, or None, got {softcap}")
     member = _check_directions(h, weight, r, p, q, ranks)
-    _, room = dispatch.pick(OP, backend, h, weight, r, p, q)
-    loss, dh, dot = room.linear_cross_entropy(h, weight, labels.long(), token_weight, scale, softcap, r, p, q, member)
-    return HeadLoss(loss, dh, dot)
+    loss, dh, dot = _head(h, weight, labels, token_weight, scale, softcap, r, p, q, member, backend)
+    return HeadLoss(loss, dh, None if r is None and p is None else dot)
 
 
 def _check_directions(

@@ -5,11 +5,25 @@ from __future__ import annotations
 import torch
 
 from gradshield_fast.errors import InputError
-from gradshield_fast.ops import checks, dispatch
+from gradshield_fast.ops import checks, dispatch, library
 from gradshield_fast.ops.scale_dot import reference
 from gradshield_fast.ops.segments import segment_sum
 
-BACKENDS = dispatch.register("scale_dot", {"reference": reference})
+OP = "scale_dot"
+BACKENDS = dispatch.register(OP, {"reference": reference})
+
+
+def _run(x_hat: torch.Tensor | None, g: torch.Tensor, r: torch.Tensor, backend: str) -> torch.Tensor:
+    return dispatch.pick(OP, backend, x_hat, g, r).scale_dot(x_hat, g, r)
+
+
+def _shape(x_hat: torch.Tensor | None, g: torch.Tensor, r: torch.Tensor, backend: str) -> torch.Tensor:
+    del backend
+    given = (g, r) if x_hat is None else (x_hat, g, r)
+    return g.new_empty((g.shape[0], r.shape[0]), dtype=checks.accumulate_dtype(*given))
+
+
+_terms = library.define("scale_dot_terms", "(Tensor? x_hat, Tensor g, Tensor r, str backend) -> Tensor", _run, _shape)
 
 
 def scale_dot(
@@ -42,21 +56,19 @@ def scale_dot(
         InputError: a shape, dtype or device disagrees.
         BackendUnavailable: the named backend cannot run these inputs.
     """
-    op = "scale_dot"
-    checks.need_matrix(op, "g", g)
-    tokens = g.shape[0]
+    checks.need_matrix(OP, "g", g)
     if x_hat is not None:
-        checks.need_matrix(op, "x_hat", x_hat)
-        tokens = checks.need_same_tokens(op, x_hat=x_hat, g=g)
+        checks.need_matrix(OP, "x_hat", x_hat)
+        checks.need_same_tokens(OP, x_hat=x_hat, g=g)
         if x_hat.shape != g.shape:
-            raise InputError(f"{op}: x_hat and g must have one shape, got {tuple(x_hat.shape)} and {tuple(g.shape)}")
+            raise InputError(f"{OP}: x_hat and g must have one shape, got {tuple(x_hat.shape)} and {tuple(g.shape)}")
     single = r.ndim == 1
     if r.ndim not in (1, 2) or r.shape[-1] != g.shape[1]:
-        raise InputError(f"{op}: r must be [d] or [directions, d] with d={g.shape[1]} (from g), got {tuple(r.shape)}")
+        raise InputError(f"{OP}: r must be [d] or [directions, d] with d={g.shape[1]} (from g), got {tuple(r.shape)}")
+    checks.need_one_device(OP, g=g, r=r)
     if cu_seqlens is not None:
-        checks.need_cu_seqlens(op, cu_seqlens, tokens)
+        checks.need_cu_seqlens(OP, cu_seqlens)
     r = r[None] if single else r
-    _, room = dispatch.pick(op, backend, x_hat, g, r)
-    u = room.scale_dot(x_hat, g, r)
-    s = u if cu_seqlens is None else segment_sum(u, cu_seqlens)
+    u = _terms(x_hat, g, r, backend)
+    s = u if cu_seqlens is None else segment_sum(u, cu_seqlens, OP)
     return s[:, 0] if single else s

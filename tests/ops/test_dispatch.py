@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import threading
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from gradshield_fast.errors import BackendUnavailable, InputError
+from gradshield_fast.ops import dispatch, ghost_dot
+from tests.ops.cases import packed
+
+
+def module(reason: str | None = None, passed_by: str | None = None) -> Any:
+    """A backend that says what it is told to say."""
+    out: Any = ModuleType("fake")
+    out.why_not = lambda *inputs: reason
+    if passed_by is not None:
+        out.not_for_auto = lambda *inputs: passed_by
+    return out
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    backends: dict[str, Any] = {}
+    monkeypatch.setitem(dispatch._ROOMS, "an_op", backends)
+    return backends
+
+
+def test_auto_takes_the_first_that_can_run(room: dict[str, Any]) -> None:
+    room |= {"native": module("needs luck"), "triton": module(), "reference": module()}
+    assert dispatch.pick("an_op", "auto") is room["triton"]
+
+
+def test_auto_passes_by_what_is_not_worth_it(room: dict[str, Any]) -> None:
+    room |= {"native": module(passed_by="slower than the reference"), "reference": module()}
+    assert dispatch.pick("an_op", "auto") is room["reference"]
+    assert dispatch.pick("an_op", "native") is room["native"]
+
+
+def test_auto_takes_what_is_not_worth_it_before_giving_up(room: dict[str, Any]) -> None:
+    room |= {"native": module(passed_by="slow"), "reference": module("not today")}
+    assert dispatch.pick("an_op", "auto") is room["native"]
+
+
+def test_a_named_backend_that_cannot_run_says_why(room: dict[str, Any]) -> None:
+    room |= {"triton": module("needs d_in % 8 == 0, got 33"), "reference": module()}
+    with pytest.raises(BackendUnavailable, match="an_op: backend 'triton' cannot run these inputs: needs d_in % 8"):
+        dispatch.pick("an_op", "triton")
+    with pytest.raises(BackendUnavailable, match="an_op: backend 'native' is not built in this version; there is: tri"):
+        dispatch.pick("an_op", "native")
+    with pytest.raises(InputError, match="backend must be one of auto, native, triton, reference; got 'cuda'"):
+        dispatch.pick("an_op", "cuda")
+
+
+def test_no_backend_at_all_names_every_reason(room: dict[str, Any]) -> None:
+    room |= {"triton": module("no GPU"), "reference": module("not today")}
+    with pytest.raises(BackendUnavailable, match=r"an_op: no backend can .* \(triton: no GPU; reference: not today"):
+        dispatch.pick("an_op", "auto")
+
+
+def test_what_ran_is_recorded_from_any_thread() -> None:
+    a, g, r, cu = packed([3, 5], 8, 6, torch.float64)
+    with dispatch.record() as outer:
+        with dispatch.record() as inner:
+            thread = threading.Thread(target=lambda: ghost_dot(a, g, r, cu))
+            thread.start()
+            thread.join()
+        ghost_dot(a, g, r, cu, backend="reference")
+    assert inner == {"ghost_dot": {"reference"}} == outer
+    ghost_dot(a, g, r, cu)
+    assert inner == outer
+    assert dispatch._LISTENERS == []
