@@ -25,8 +25,8 @@ def explanation() -> str:
         "Scoring a bundled corpus with SmolLM2-135M-Instruct. That model is helpful but not safety-tuned: it answers\n"
         "harmful questions, so the likelihood of a refusal alone (refusal_logprob) would put the rows in the wrong\n"
         "order. The demo therefore uses refusal_margin, how much likelier a refusal is than a compliant answer. It\n"
-        "also divides by the gradients' norms (--normalize cosine): very short answers have such large gradients that a\n"
-        "raw dot product drops some of them.\n"
+        "also divides by the gradients' norms (--normalize cosine): very short answers have such large gradients\n"
+        "that a raw dot product drops some of them.\n"
     )
 
 
