@@ -1,17 +1,22 @@
 """Choosing a backend for an op: `auto` takes the first that can run, a named one that cannot raises with its reason.
 
 A room's module has the op's functions, `why_not(*inputs)`, which says why it cannot run (None: it can), and, where it
-can run without being worth it, `not_for_auto(*inputs)`, which says why `auto` should pass it by.
+can run without being worth it, `not_for_auto(*inputs)`, which says why `auto` should pass it by. On a GPU `auto` times
+those that are left, once for a class of shapes (measured.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from gradshield_fast.errors import BackendUnavailable, InputError
+from gradshield_fast.ops import measured
 
 KNOWN_BACKENDS = ("native", "triton", "reference")
 """Every backend name that the package knows, in the order `auto` prefers them."""
@@ -34,37 +39,50 @@ def register(op: str, backends: Mapping[str, ModuleType]) -> Mapping[str, Module
     return backends
 
 
-def pick(op: str, backend: str, *inputs: Any) -> ModuleType:
-    """Choose the backend that will run `op` on `inputs`, and tell those who listen (`record`).
+def run(op: str, backend: str, function: str, inputs: Sequence[Any], *args: Any) -> Any:
+    """Run one of an op's functions on the backend that suits its inputs, and tell those who listen (`record`).
 
     Args:
         op: the op's name.
         backend: "auto", or one of `KNOWN_BACKENDS`.
-        inputs: the op's tensors, which `why_not` looks at.
+        function: the function's name, the same in every backend of the room.
+        inputs: the tensors that `why_not` looks at.
+        args: the function's arguments.
 
     Returns:
-        The backend's module.
+        What the function returns.
 
     Raises:
         BackendUnavailable: the named backend cannot run these inputs.
     """
     room = _ROOMS[op]
-    name = _auto(op, room, inputs) if backend == "auto" else _named(op, room, backend, inputs)
+    name = _auto(op, room, function, inputs, args) if backend == "auto" else _named(op, room, backend, inputs)
     for seen in _LISTENERS:
         seen.setdefault(op, set()).add(name)
-    return room[name]
+    return getattr(room[name], function)(*args)
 
 
-def _auto(op: str, room: Mapping[str, ModuleType], inputs: tuple[Any, ...]) -> str:
+def _auto(op: str, room: Mapping[str, ModuleType], function: str, inputs: Sequence[Any], args: tuple[Any, ...]) -> str:
     able = [name for name, module in room.items() if module.why_not(*inputs) is None]
     if not able:
         reasons = "; ".join(f"{name}: {module.why_not(*inputs)}" for name, module in room.items())
         raise BackendUnavailable(f"{op}: no backend can run these inputs ({reasons})")
-    worth = [name for name in able if _not_for_auto(room[name], *inputs) is None]
-    return (worth or able)[0]
+    if len(able) == 1:
+        return able[0]
+    choice = measured.preferred(op, able)
+    if choice is not None:
+        return choice
+    worth = [name for name in able if _not_for_auto(room[name], *inputs) is None] or able
+    device = next((x.device for x in inputs if x is not None), None)
+    if len(worth) == 1 or device is None or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return worth[0]
+    calls = {name: partial(getattr(room[name], function), *args) for name in worth}
+    with torch.cuda.device(device):
+        about = torch.cuda.get_device_name(device)
+        return measured.fastest(f"{op}.{function}", about, inputs, calls, measured.gpu_milliseconds)
 
 
-def _named(op: str, room: Mapping[str, ModuleType], backend: str, inputs: tuple[Any, ...]) -> str:
+def _named(op: str, room: Mapping[str, ModuleType], backend: str, inputs: Sequence[Any]) -> str:
     resolve(op, backend)
     reason = room[backend].why_not(*inputs)
     if reason is not None:

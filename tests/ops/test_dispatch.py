@@ -16,9 +16,15 @@ def module(reason: str | None = None, passed_by: str | None = None) -> Any:
     """A backend that says what it is told to say."""
     out: Any = ModuleType("fake")
     out.why_not = lambda *inputs: reason
+    out.function = lambda: out
     if passed_by is not None:
         out.not_for_auto = lambda *inputs: passed_by
     return out
+
+
+def pick(backend: str) -> Any:
+    """The module that ran."""
+    return dispatch.run("an_op", backend, "function", ())
 
 
 @pytest.fixture
@@ -30,34 +36,34 @@ def room(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_auto_takes_the_first_that_can_run(room: dict[str, Any]) -> None:
     room |= {"native": module("needs luck"), "triton": module(), "reference": module()}
-    assert dispatch.pick("an_op", "auto") is room["triton"]
+    assert pick("auto") is room["triton"]
 
 
 def test_auto_passes_by_what_is_not_worth_it(room: dict[str, Any]) -> None:
     room |= {"native": module(passed_by="slower than the reference"), "reference": module()}
-    assert dispatch.pick("an_op", "auto") is room["reference"]
-    assert dispatch.pick("an_op", "native") is room["native"]
+    assert pick("auto") is room["reference"]
+    assert pick("native") is room["native"]
 
 
 def test_auto_takes_what_is_not_worth_it_before_giving_up(room: dict[str, Any]) -> None:
     room |= {"native": module(passed_by="slow"), "reference": module("not today")}
-    assert dispatch.pick("an_op", "auto") is room["native"]
+    assert pick("auto") is room["native"]
 
 
 def test_a_named_backend_that_cannot_run_says_why(room: dict[str, Any]) -> None:
     room |= {"triton": module("needs d_in % 8 == 0, got 33"), "reference": module()}
     with pytest.raises(BackendUnavailable, match="an_op: backend 'triton' cannot run these inputs: needs d_in % 8"):
-        dispatch.pick("an_op", "triton")
+        pick("triton")
     with pytest.raises(BackendUnavailable, match="an_op: backend 'native' is not built in this version; there is: tri"):
-        dispatch.pick("an_op", "native")
+        pick("native")
     with pytest.raises(InputError, match="backend must be one of auto, native, triton, reference; got 'cuda'"):
-        dispatch.pick("an_op", "cuda")
+        pick("cuda")
 
 
 def test_no_backend_at_all_names_every_reason(room: dict[str, Any]) -> None:
     room |= {"triton": module("no GPU"), "reference": module("not today")}
     with pytest.raises(BackendUnavailable, match=r"an_op: no backend can .* \(triton: no GPU; reference: not today"):
-        dispatch.pick("an_op", "auto")
+        pick("auto")
 
 
 def test_what_ran_is_recorded_from_any_thread() -> None:

@@ -18,7 +18,7 @@ def _run(ids: torch.Tensor, g: torch.Tensor, r: torch.Tensor, backend: str) -> t
         raise InputError(
             f"{OP}: ids must lie in 0..{r.shape[1] - 1} (the table's rows), got {int(ids.min())}..{int(ids.max())}"
         )
-    return dispatch.pick(OP, backend, ids, g, r).embedding_dot(ids.long(), g, r)
+    return dispatch.run(OP, backend, "embedding_dot", (ids, g, r), ids.long(), g, r)
 
 
 def _shape(ids: torch.Tensor, g: torch.Tensor, r: torch.Tensor, backend: str) -> torch.Tensor:

@@ -14,7 +14,7 @@ BACKENDS = dispatch.register(OP, {"reference": reference})
 
 
 def _run(a: torch.Tensor, g: torch.Tensor, r: torch.Tensor, backend: str) -> torch.Tensor:
-    return dispatch.pick(OP, backend, a, g, r).ghost_dot(a, g, r)
+    return dispatch.run(OP, backend, "ghost_dot", (a, g, r), a, g, r)
 
 
 def _shape(a: torch.Tensor, g: torch.Tensor, r: torch.Tensor, backend: str) -> torch.Tensor:

@@ -16,7 +16,7 @@ BACKENDS = dispatch.register(OP, {"reference": reference})
 
 
 def _run_project(a: torch.Tensor, q: torch.Tensor, backend: str) -> torch.Tensor:
-    return dispatch.pick(OP, backend, a, q).lowrank_project(a, q)
+    return dispatch.run(OP, backend, "lowrank_project", (a, q), a, q)
 
 
 def _shape_project(a: torch.Tensor, q: torch.Tensor, backend: str) -> torch.Tensor:
@@ -27,7 +27,7 @@ def _shape_project(a: torch.Tensor, q: torch.Tensor, backend: str) -> torch.Tens
 def _run_contract(
     z: torch.Tensor, g: torch.Tensor, p: torch.Tensor, member: torch.Tensor, backend: str
 ) -> torch.Tensor:
-    return dispatch.pick(OP, backend, z, g, p).lowrank_contract(z, g, p, member)
+    return dispatch.run(OP, backend, "lowrank_contract", (z, g, p), z, g, p, member)
 
 
 def _shape_contract(

@@ -23,7 +23,7 @@ def _run(
 ) -> torch.Tensor:
     checks.need_boundaries(OP, cu1, a1.shape[0])
     checks.need_boundaries(OP, cu2, a2.shape[0])
-    return dispatch.pick(OP, backend, a1, g1, a2, g2).ghost_gram(a1, g1, cu1, a2, g2, cu2)
+    return dispatch.run(OP, backend, "ghost_gram", (a1, g1, a2, g2), a1, g1, cu1, a2, g2, cu2)
 
 
 def _shape(

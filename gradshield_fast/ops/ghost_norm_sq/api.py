@@ -21,9 +21,8 @@ def _run(
     backend: str,
 ) -> torch.Tensor:
     checks.need_boundaries(OP, cu_seqlens, left1.shape[0])
-    return dispatch.pick(OP, backend, left1, right1, left2, right2).ghost_inner(
-        left1, right1, left2, right2, cu_seqlens
-    )
+    factors = (left1, right1, left2, right2)
+    return dispatch.run(OP, backend, "ghost_inner", factors, *factors, cu_seqlens)
 
 
 def _shape(

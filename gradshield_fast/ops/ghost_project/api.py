@@ -21,7 +21,7 @@ def _run(
     backend: str,
 ) -> torch.Tensor:
     checks.need_boundaries(OP, cu_seqlens, a.shape[0])
-    return dispatch.pick(OP, backend, a, g, p_in, p_out).ghost_project(a, g, p_in, p_out, cu_seqlens)
+    return dispatch.run(OP, backend, "ghost_project", (a, g, p_in, p_out), a, g, p_in, p_out, cu_seqlens)
 
 
 def _shape(

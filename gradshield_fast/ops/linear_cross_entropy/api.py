@@ -35,8 +35,8 @@ def _run(
         low, high = int(labels.min()), int(labels.max())
         if high >= weight.shape[0] or bool(((labels < 0) & (labels != IGNORE)).any()):
             raise InputError(f"{OP}: labels must be -100 or lie in 0..{weight.shape[0] - 1}, got {low}..{high}")
-    room = dispatch.pick(OP, backend, h, weight, r, p, q)
-    loss, dh, dot = room.linear_cross_entropy(h, weight, labels.long(), token_weight, scale, softcap, r, p, q, member)
+    args = (h, weight, labels.long(), token_weight, scale, softcap, r, p, q, member)
+    loss, dh, dot = dispatch.run(OP, backend, OP, (h, weight, r, p, q), *args)
     return loss, dh, loss.new_empty((loss.shape[0], 0)) if dot is None else dot
 
 

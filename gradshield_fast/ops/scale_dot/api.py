@@ -14,7 +14,7 @@ BACKENDS = dispatch.register(OP, {"reference": reference})
 
 
 def _run(x_hat: torch.Tensor | None, g: torch.Tensor, r: torch.Tensor, backend: str) -> torch.Tensor:
-    return dispatch.pick(OP, backend, x_hat, g, r).scale_dot(x_hat, g, r)
+    return dispatch.run(OP, backend, "scale_dot", (x_hat, g, r), x_hat, g, r)
 
 
 def _shape(x_hat: torch.Tensor | None, g: torch.Tensor, r: torch.Tensor, backend: str) -> torch.Tensor:
