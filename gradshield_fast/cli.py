@@ -283,25 +283,26 @@ def examine_machine() -> int:
 @app.command("bench")
 @guarded()
 def time_ops(
+    op: Annotated[list[str] | None, typer.Option("--op", help="An op; again for another; default: all.")] = None,
+    model: Annotated[str, typer.Option("--model", help="Layer of smollm2, llama-3.2-1b, qwen3-4b, llama-3-8b.")] = (
+        "smollm2"
+    ),
     tokens: Annotated[int, typer.Option("--tokens", min=1)] = 2048,
-    d_in: Annotated[int, typer.Option("--d-in", min=1)] = 576,
-    d_out: Annotated[int, typer.Option("--d-out", min=1)] = 1536,
     rank: Annotated[int, typer.Option("--rank", min=1)] = 16,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
     device: o.Device = "auto",
-    seconds: Annotated[float, typer.Option("--seconds", min=0.01, help="How long to repeat each op.")] = 1.0,
+    backend: Annotated[list[str] | None, typer.Option("--backend", help="Default: all that the op has.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Also torch.compile of the reference.")] = False,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.01, help="How long to repeat each.")] = 0.5,
+    json: Annotated[bool, typer.Option("--json", help="One JSON line a timing, nothing else.")] = False,
 ) -> int:
-    """Time the ghost dot products on one layer's shape."""
-    from torch import get_num_threads
-
-    from gradshield_fast.loading import pick_device
-    from gradshield_fast.op_bench import bench, bench_table
+    """Time the ops at a real layer's shape: every backend, in turns with plain PyTorch."""
+    from gradshield_fast.bench_report import print_timings
 
     with watching() as reporter:
-        reporter.stage("timing")
-        rows = bench(tokens, d_in, d_out, rank, dtype=dtype, device=device, seconds=seconds)
-    title = f"{tokens} tokens, {d_in} -> {d_out}, {dtype}, {pick_device(device)}, {get_num_threads()} CPU threads"
-    Console().print(bench_table(rows, title))
+        print_timings(
+            op or (), model, tokens, rank, dtype, device, backend or (), compiled, seconds, json, Console(), reporter
+        )
     return DONE
 
 

@@ -129,7 +129,7 @@ def fastest(
     key = f"{op} | {device} | {shape_class(inputs)}"
     with _LOCK:
         known = _table().get(key, {}).get("backend")
-    if known in calls:
+    if known is not None and known in calls:
         return known
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(ROUNDS + 1):
@@ -172,7 +172,7 @@ def gpu_milliseconds(call: Callable[[], Any]) -> float:
 
 def _versions() -> dict[str, str]:
     """What a measurement depends on besides its key: another version may be faster or slower."""
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     for name in ("triton", "gradshield_fast"):
         with suppress(PackageNotFoundError):
             found[name] = version(name)

@@ -152,13 +152,24 @@ def test_doctor_says_what_runs_and_what_does_not(cli: Cli) -> None:
 
 
 def test_bench_times_the_ops(cli: Cli) -> None:
-    result = cli(
-        "bench", "--tokens", 64, "--d-in", 32, "--d-out", 48, "--rank", 2, "--seconds", 0.01, "--device", "cpu"
-    )
+    small = ("--tokens", 32, "--rank", 2, "--seconds", 0.01, "--device", "cpu")
+    result = cli("bench", "--op", "ghost_dot_lowrank", "--op", "scale_dot", *small)
     assert result.code == 0
-    for name in ("a @ weight.T", "ghost_dot ", "ghost_dot_lowrank 2", "reference", "GFLOP/s", "CPU threads"):
+    for name in ("ghost_dot_lowrank", "scale_dot", "reference", "unfused", "32x576x1536", "matrix product"):
         assert name in result.out
-    assert cli("bench", "--dtype", "int8").code == 2
+    result = cli("bench", "--op", "ghost_norm_sq", "--json", "--backend", "reference", *small, "--dtype", "bfloat16")
+    first, rival = (json.loads(line) for line in result.out.splitlines())
+    assert (first["op"], first["backend"], rival["backend"]) == ("ghost_norm_sq", "reference", "unfused")
+    assert 0 < first["error"] < 1
+    assert first["p50"] <= first["p90"]
+    assert rival["error"] is None
+
+
+def test_bench_refuses_what_it_does_not_know(cli: Cli) -> None:
+    for option in ("--dtype", "--op", "--model", "--backend", "--device"):
+        result = cli("bench", "--tokens", 8, "--seconds", 0.01, option, "int8")
+        assert result.code == 2, option
+        assert "int8" in result.err
 
 
 def test_progress_on_a_terminal_and_elsewhere(
