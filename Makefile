@@ -10,7 +10,7 @@ DEMO_STAMP := $(VENV)/.installed-demo
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench docs clean
+.PHONY: help venv demo test lint format bench gpu docs clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ format: $(DEV_STAMP) ## rewrite the files the way lint wants them
 
 bench: $(DEV_STAMP) ## time the ops on this machine
 	$(BIN)/gradshield-fast bench $(ARGS)
+
+gpu: $(DEV_STAMP) ## run every GPU test and benchmark, where there is a GPU
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 docs: $(DEV_STAMP) ## run every example in the docstrings
 	$(BIN)/python -m pytest --doctest-modules gradshield_fast

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from gradshield_fast.pipeline.progress import Reporter
 from gradshield_fast.loading import pick_device
 from gradshield_fast.op_bench import as_json, bench_table, roofs, time_case
 from gradshield_fast.op_cases import DTYPES, OPS, make_case
+from gradshield_fast.pipeline.progress import Reporter
 
 WIDTH = 150
 """Columns that the table takes at least."""
