@@ -24,10 +24,11 @@ from gradshield_fast.ops.triton_tiles import product
 
 __all__ = ["ghost_inner", "not_for_auto", "pair_terms", "why_not"]
 
-PAIRS = Tiling({"BLOCK_T": 64, "BLOCK_U": 64, "BLOCK_I": 64}, warps=4, stages=3, shared=96 * 1024, registers=255)
+PAIRS = Tiling({"BLOCK_T": 64, "BLOCK_U": 64, "BLOCK_I": 64}, warps=8, stages=3, shared=96 * 1024, registers=255)
 PAIRS_MIXED = Tiling({"BLOCK_T": 64, "BLOCK_U": 64, "BLOCK_I": 32}, warps=4, stages=3, shared=96 * 1024, registers=255)
 OUTER = Tiling({"BLOCK_O": 64, "BLOCK_C": 64, "BLOCK_I": 32}, warps=4, stages=3, shared=96 * 1024, registers=255)
-TILINGS = (PAIRS, PAIRS_MIXED, OUTER)
+PAIRS_WIDE = Tiling({"BLOCK_T": 64, "BLOCK_U": 64, "BLOCK_I": 32}, warps=8, stages=3, shared=64 * 1024, registers=255)
+TILINGS = (PAIRS, PAIRS_MIXED, PAIRS_WIDE, OUTER)
 
 FLOATS, IDS, IDS_LEFT, IDS_RIGHT = 0, 1, 2, 3
 """What two factors hold: rows of numbers, ids that stand for one-hot rows, or ids on one side."""
@@ -108,13 +109,13 @@ def pairs_kernel(
 @jit(fixed=("shortest",))
 def outer_kernel(
     l1, r1, l2, r2, cu_seqlens, s,
-    shortest, width_l, width_r,
+    shortest, tiles, width_l, width_r,
     stride_l1_t, stride_l1_i, stride_r1_t, stride_r1_i, stride_l2_t, stride_l2_i, stride_r2_t, stride_r2_i,
     SYMMETRIC: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_I: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Write what a tile of the gradients adds to an example of at least `shortest` tokens, 0 for the others."""
-    i_n, i_p, n_p = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
+    i_n, i_p = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     n_c = tl.cdiv(width_r, BLOCK_C)
     o_o = (i_p // n_c).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
     o_c = (i_p % n_c).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -132,7 +133,7 @@ def outer_kernel(
             l2 + o_o * stride_l2_i, r2 + o_c * stride_r2_i, m_o, m_c, first, last, last,
             stride_l2_t, stride_r2_t, BLOCK_O, BLOCK_C, BLOCK_I, INTERPRETED,
         )  # fmt: skip
-    tl.store(s + i_n * n_p + i_p, tl.sum(tl.sum(b_1 * b_2, axis=1), axis=0))
+    tl.store(s + i_n * tiles + i_p, tl.sum(tl.sum(b_1 * b_2, axis=1), axis=0))
 
 
 def pair_terms(
@@ -156,7 +157,8 @@ def pair_terms(
     l1, r1, l2, r2 = factors
     tokens, rows = len(l1), first.shape[1]
     same = all(x.dtype == y.dtype for x, y in ((l1, l2), (r1, r2)) if x.ndim == y.ndim == 2)
-    tiling = PAIRS if same and not (is_wide(l1, l2) or is_wide(r1, r2)) else PAIRS_MIXED
+    wide = is_wide(l1, l2) or is_wide(r1, r2)
+    tiling = PAIRS_WIDE if wide else PAIRS if same else PAIRS_MIXED
     blocks = blocks_of(tokens, tiling.blocks["BLOCK_T"])
     parts = min(blocks_of(2 * processors(l1.device), max(blocks * rows, 1)), 16)
     v = torch.empty(parts, tokens, rows, device=l1.device)
@@ -216,8 +218,8 @@ def ghost_inner(
     tiles = blocks_of(rows, OUTER.blocks["BLOCK_O"]) * blocks_of(cols, OUTER.blocks["BLOCK_C"])
     s = torch.empty(len(cu) - 1, tiles, device=device)
     launch(
-        outer_kernel, (tiles, len(cu) - 1), OUTER,
-        *factors, cu.int(), s, shortest, rows, cols, *(stride for x in factors for stride in x.stride()),
+        outer_kernel, (tiles * (len(cu) - 1),), OUTER,
+        *factors, cu.int(), s, shortest, tiles, rows, cols, *(stride for x in factors for stride in x.stride()),
         SYMMETRIC=symmetric,
     )  # fmt: skip
     return out + s.sum(1)

@@ -16,12 +16,14 @@ TILINGS = (SEGMENT,)
 
 # Maths    s[p, n, o, c] = sum_{t in part p of n} left[t, o] right[t, c]        one program = a tile, a part, an example
 # Traffic  left: k_in/BLOCK_C reads, right: k_out/BLOCK_O reads, 4 B an entry; s: 4 B x parts an entry
-@jit()
+@jit(fixed=("examples",))
 def segment_kernel(
     left,
     right,
     cu_seqlens,
     s,
+    examples,
+    tiles,
     k_out,
     k_in,
     stride_left_t,
@@ -34,20 +36,20 @@ def segment_kernel(
     INTERPRETED: tl.constexpr,
 ):
     """Write a tile of an example's projection, summed over one part of its tokens."""
-    i_p, i_n, i_s = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    i_n, i_p, i_s = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles, tl.program_id(1)
     n_c = tl.cdiv(k_in, BLOCK_C)
     o_o = (i_p // n_c).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
     o_c = (i_p % n_c).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_o, m_c = o_o < k_out, o_c < k_in
     begin, end = tl.load(cu_seqlens + i_n), tl.load(cu_seqlens + i_n + 1)
-    part = tl.cdiv(tl.cdiv(end - begin, tl.num_programs(2)), BLOCK_I) * BLOCK_I
+    part = tl.cdiv(tl.cdiv(end - begin, tl.num_programs(1)), BLOCK_I) * BLOCK_I
     first = tl.minimum(begin + i_s * part, end)
     last = tl.minimum(first + part, end)
     b_s = product(
         left + o_o * stride_left_o, right + o_c * stride_right_c, m_o, m_c, first, last, last,
         stride_left_t, stride_right_t, BLOCK_O, BLOCK_C, BLOCK_I, INTERPRETED,
     )  # fmt: skip
-    s_p = s + ((i_s.to(tl.int64) * tl.num_programs(1) + i_n) * k_out + o_o)[:, None] * k_in + o_c[None, :]
+    s_p = s + ((i_s.to(tl.int64) * examples + i_n) * k_out + o_o)[:, None] * k_in + o_c[None, :]
     tl.store(s_p, b_s, mask=m_o[:, None] & m_c[None, :])
 
 
@@ -73,8 +75,8 @@ def ghost_project(
     parts = min(blocks_of(2 * processors(a.device), max(tiles * examples, 1)), blocks_of(max(len(a), 1), 256), 16)
     s = torch.empty(parts, examples, k_out, k_in, device=a.device)
     launch(
-        segment_kernel, (tiles, examples, parts), SEGMENT,
-        left, right, cu_seqlens.to(device=a.device, dtype=torch.int32), s, k_out, k_in,
+        segment_kernel, (tiles * examples, parts), SEGMENT,
+        left, right, cu_seqlens.to(device=a.device, dtype=torch.int32), s, examples, tiles, k_out, k_in,
         *left.stride(), *right.stride(),
     )  # fmt: skip
     return s[0] if parts == 1 else s.sum(0)

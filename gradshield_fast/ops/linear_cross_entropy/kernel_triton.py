@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import torch
 
-from gradshield_fast.ops.ghost_dot.kernel_triton import TILINGS as PRODUCT_TILINGS
-from gradshield_fast.ops.ghost_dot.kernel_triton import ghost_dot, tiling_for
+from gradshield_fast.ops.ghost_dot.kernel_triton import ghost_dot
 from gradshield_fast.ops.ghost_dot_lowrank.kernel_triton import lowrank_project
-from gradshield_fast.ops.triton_support import blocks_of, jit, launch, not_for_auto, tl, why_not
+from gradshield_fast.ops.triton_support import Tiling, blocks_of, is_wide, jit, launch, not_for_auto, tl, why_not
 from gradshield_fast.ops.triton_tiles import product
 
 __all__ = ["linear_cross_entropy", "not_for_auto", "why_not"]
 
-TILINGS = PRODUCT_TILINGS
-"""Tiles are tokens by words: BLOCK_T by BLOCK_O; in the product with the weight, tokens by columns of h."""
+LOGITS = Tiling({"BLOCK_T": 128, "BLOCK_V": 64, "BLOCK_I": 64}, warps=8, stages=3, shared=96 * 1024, registers=255)
+LOGITS_MIXED = Tiling(
+    {"BLOCK_T": 128, "BLOCK_V": 64, "BLOCK_I": 32}, warps=8, stages=3, shared=96 * 1024, registers=255
+)
+LOGITS_WIDE = Tiling({"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_I": 16}, warps=4, stages=3, shared=64 * 1024, registers=255)
+PULL = Tiling({"BLOCK_T": 128, "BLOCK_C": 128, "BLOCK_I": 32}, warps=8, stages=3, shared=96 * 1024, registers=255)
+PULL_WIDE = Tiling({"BLOCK_T": 64, "BLOCK_C": 64, "BLOCK_I": 16}, warps=4, stages=3, shared=64 * 1024, registers=255)
+TILINGS = (LOGITS, LOGITS_MIXED, LOGITS_WIDE, PULL, PULL_WIDE)
 
 GROUP = 8
 WORKSPACE = 1 << 26
@@ -40,22 +45,25 @@ def _tile(
     stride_w_v,
     stride_w_i,
     BLOCK_T: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_I: tl.constexpr,
     GROUP: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """This program's words, tokens and y[v, t] = W[v] . h[t]; a group of token blocks walks over the words together."""
-    i_p, n_v, n_t = tl.program_id(0), tl.cdiv(words, BLOCK_O), tl.cdiv(tokens, BLOCK_T)
+    """This program's words, tokens and y[t, v] = h[t] . W[v]; a group of token blocks walks over the words together.
+
+    Words lie along the tile's second axis, which a thread or four hold a row of: what is summed over words stays there.
+    """
+    i_p, n_v, n_t = tl.program_id(0), tl.cdiv(words, BLOCK_V), tl.cdiv(tokens, BLOCK_T)
     row = i_p // (GROUP * n_v) * GROUP
     group = tl.minimum(n_t - row, GROUP)
     i_t = (row + i_p % (GROUP * n_v) % group).to(tl.int64)
     i_v = (i_p % (GROUP * n_v) // group).to(tl.int64)
-    o_t, o_v = i_t * BLOCK_T + tl.arange(0, BLOCK_T), first + i_v * BLOCK_O + tl.arange(0, BLOCK_O)
+    o_t, o_v = i_t * BLOCK_T + tl.arange(0, BLOCK_T), first + i_v * BLOCK_V + tl.arange(0, BLOCK_V)
     m_t, m_v = o_t < tokens, o_v < first + words
     b_y = product(
-        weight + o_v * stride_w_v, h + o_t * stride_h_t, m_v, m_t, 0, depth, depth,
-        stride_w_i, stride_h_i, BLOCK_O, BLOCK_T, BLOCK_I, INTERPRETED,
+        h + o_t * stride_h_t, weight + o_v * stride_w_v, m_t, m_v, 0, depth, depth,
+        stride_h_i, stride_w_i, BLOCK_T, BLOCK_V, BLOCK_I, INTERPRETED,
     )  # fmt: skip
     return o_v, o_t, m_v, m_t, b_y
 
@@ -81,7 +89,7 @@ def _bend(b_y, scale, softcap, CAPPED: tl.constexpr, FLAT: tl.constexpr):
 
 
 # Maths    part[b, t] = log sum_{v in block b, v != label[t]} exp z'[t, v],   own[t] = z'[t, label[t]]
-# Traffic  weight: tokens/(GROUP BLOCK_T) reads from memory; h: vocabulary/BLOCK_O reads, from the L2; part: 4 B per
+# Traffic  weight: tokens/(GROUP BLOCK_T) reads from memory; h: vocabulary/BLOCK_V reads, from the L2; part: 4 B per
 #          token and block of words; logits stay in registers
 @jit(fixed=("tokens",))
 def others_kernel(
@@ -102,7 +110,7 @@ def others_kernel(
     CAPPED: tl.constexpr,
     FLAT: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_I: tl.constexpr,
     GROUP: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -110,23 +118,23 @@ def others_kernel(
     """Write a tile's log of the sum over every word but the label, and the label's logit where the tile holds it."""
     o_v, o_t, m_v, m_t, b_y = _tile(
         h, weight, 0, tokens, vocabulary, depth, stride_h_t, stride_h_i, stride_w_v, stride_w_i,
-        BLOCK_T, BLOCK_O, BLOCK_I, GROUP, INTERPRETED,
+        BLOCK_T, BLOCK_V, BLOCK_I, GROUP, INTERPRETED,
     )  # fmt: skip
     b_z, _ = _bend(b_y, scale, softcap, CAPPED, FLAT)
     b_label = tl.load(label + o_t, mask=m_t, other=-1)
-    m_own = o_v[:, None] == b_label[None, :]
-    m_other = m_v[:, None] & (o_v[:, None] != b_label[None, :])
+    m_own = m_v[None, :] & (o_v[None, :] == b_label[:, None])
+    m_other = m_v[None, :] & (o_v[None, :] != b_label[:, None])
     b_z_other = tl.where(m_other, b_z, float("-inf"))
-    b_top = tl.max(b_z_other, axis=0)
+    b_top = tl.max(b_z_other, axis=1)
     m_some = b_top > float("-inf")  # false where the label is the tile's only word
     b_base = tl.where(m_some, b_top, 0.0)
-    b_sum = tl.sum(tl.exp(b_z_other - b_base[None, :]), axis=0)
-    i_v = tl.min(o_v, axis=0) // BLOCK_O
+    b_sum = tl.sum(tl.exp(b_z_other - b_base[:, None]), axis=1)
+    i_v = tl.min(o_v, axis=0) // BLOCK_V
     tl.store(
         part + i_v * tokens + o_t, tl.where(m_some, b_base + tl.log(tl.where(m_some, b_sum, 1.0)), b_top), mask=m_t
     )
-    m_here = tl.max(m_own.to(tl.int32), axis=0) > 0
-    tl.store(own + o_t, tl.sum(tl.where(m_own, b_z, 0.0), axis=0), mask=m_t & m_here)
+    m_here = tl.max(m_own.to(tl.int32), axis=1) > 0
+    tl.store(own + o_t, tl.sum(tl.where(m_own, b_z, 0.0), axis=1), mask=m_t & m_here)
 
 
 # Maths    g[t, v] = w[t] dz'/dy (exp(z'[t, v] - total[t]), or -rest[t] for the label),   rest: all others' share
@@ -154,7 +162,7 @@ def gradient_kernel(
     CAPPED: tl.constexpr,
     FLAT: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_I: tl.constexpr,
     GROUP: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -162,22 +170,22 @@ def gradient_kernel(
     """Write the gradient at a tile of logits."""
     o_v, o_t, m_v, m_t, b_y = _tile(
         h, weight, first, tokens, words, depth, stride_h_t, stride_h_i, stride_w_v, stride_w_i,
-        BLOCK_T, BLOCK_O, BLOCK_I, GROUP, INTERPRETED,
+        BLOCK_T, BLOCK_V, BLOCK_I, GROUP, INTERPRETED,
     )  # fmt: skip
     b_z, b_slope = _bend(b_y, scale, softcap, CAPPED, FLAT)
     b_label = tl.load(label + o_t, mask=m_t, other=-1)
     b_total, b_rest = tl.load(total + o_t, mask=m_t, other=0.0), tl.load(rest + o_t, mask=m_t, other=0.0)
     b_share = tl.load(share + o_t, mask=m_t, other=0.0)
-    m_own = o_v[:, None] == b_label[None, :]
+    m_own = o_v[None, :] == b_label[:, None]
     # only where it is a probability: elsewhere it may overflow
-    b_log = tl.where(m_own | ~m_v[:, None], 0.0, b_z - b_total[None, :])
-    b_g = tl.where(m_own, -b_rest[None, :], tl.exp(b_log))
-    b_g *= b_slope * b_share[None, :]
-    tl.store(g + o_t[None, :] * stride_g_t + (o_v - first)[:, None], b_g, mask=m_v[:, None] & m_t[None, :])
+    b_log = tl.where(m_own | ~m_v[None, :], 0.0, b_z - b_total[:, None])
+    b_g = tl.where(m_own, -b_rest[:, None], tl.exp(b_log))
+    b_g *= b_slope * b_share[:, None]
+    tl.store(g + o_t[:, None] * stride_g_t + (o_v - first)[None, :], b_g, mask=m_t[:, None] & m_v[None, :])
 
 
-# Maths    dh[t, i] += sum_{v in part} g[t, v] W[v, i]                   one program = BLOCK_T tokens, BLOCK_O columns
-# Traffic  g: d/BLOCK_O reads, weight: tokens/BLOCK_T reads, from the L2 within a group; dh: 8 B a part
+# Maths    dh[t, i] += sum_{v in part} g[t, v] W[v, i]                   one program = BLOCK_T tokens, BLOCK_C columns
+# Traffic  g: d/BLOCK_C reads, weight: tokens/BLOCK_T reads, from the L2 within a group; dh: 8 B a part
 @jit(fixed=("tokens",))
 def pull_kernel(
     g,
@@ -191,18 +199,18 @@ def pull_kernel(
     stride_w_i,
     ADD: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_I: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Write, or add to, a tile of the gradient at the hidden states; the parts come in order, one launch each."""
-    i_p, n_i = tl.program_id(0), tl.cdiv(depth, BLOCK_O)
+    i_p, n_i = tl.program_id(0), tl.cdiv(depth, BLOCK_C)
     o_t = (i_p // n_i).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_i = (i_p % n_i).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
+    o_i = (i_p % n_i).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_t, m_i = o_t < tokens, o_i < depth
     b_dh = product(
         g + o_t * stride_g_t, weight + o_i * stride_w_i, m_t, m_i, 0, words, words,
-        1, stride_w_v, BLOCK_T, BLOCK_O, BLOCK_I, INTERPRETED,
+        1, stride_w_v, BLOCK_T, BLOCK_C, BLOCK_I, INTERPRETED,
     )  # fmt: skip
     dh_p, m_dh = dh + o_t[:, None] * depth + o_i[None, :], m_t[:, None] & m_i[None, :]
     if ADD:
@@ -241,13 +249,14 @@ def linear_cross_entropy(
     """
     (tokens, depth), vocabulary = h.shape, weight.shape[0]
     live, label = labels >= 0, labels.clamp_min(0).contiguous()
-    logits = tiling_for(weight, h, vocabulary, tokens)
+    logits = LOGITS_WIDE if is_wide(h, weight) else LOGITS if h.dtype == weight.dtype else LOGITS_MIXED
+    pull = PULL_WIDE if is_wide(weight) else PULL
     n_t = blocks_of(tokens, logits.blocks["BLOCK_T"])
     cap = 1.0 if softcap is None else softcap
     options = {"CAPPED": softcap is not None, "FLAT": FLAT, "GROUP": GROUP}
 
-    part = torch.empty(blocks_of(vocabulary, logits.blocks["BLOCK_O"]), tokens, device=h.device)
-    own = torch.empty(tokens, device=h.device)
+    part = torch.empty(blocks_of(vocabulary, logits.blocks["BLOCK_V"]), tokens, device=h.device)
+    own = torch.full((tokens,), torch.nan, device=h.device)  # stays NaN for a label outside the vocabulary
     launch(
         others_kernel, (n_t * len(part),), logits,
         h, weight, label, part, own, scale, cap, tokens, vocabulary, depth, *h.stride(), *weight.stride(),
@@ -267,14 +276,13 @@ def linear_cross_entropy(
     for first in range(0, vocabulary, width):
         words = min(width, vocabulary - first)
         launch(
-            gradient_kernel, (n_t * blocks_of(words, logits.blocks["BLOCK_O"]),), logits,
+            gradient_kernel, (n_t * blocks_of(words, logits.blocks["BLOCK_V"]),), logits,
             h, weight, label, total, rest, share, g, scale, cap, tokens, first, words, depth,
             *h.stride(), *weight.stride(), width,
             **options,
         )  # fmt: skip
         block = weight[first : first + words]
-        pull = tiling_for(g, block, tokens, depth)
-        programs = blocks_of(tokens, pull.blocks["BLOCK_T"]) * blocks_of(depth, pull.blocks["BLOCK_O"])
+        programs = blocks_of(tokens, pull.blocks["BLOCK_T"]) * blocks_of(depth, pull.blocks["BLOCK_C"])
         launch(
             pull_kernel, (programs,), pull,
             g, block, dh, tokens, words, depth, width, *weight.stride(),
