@@ -9,10 +9,10 @@ from gradshield_fast.ops.triton_tiles import product
 
 __all__ = ["ghost_dot", "not_for_auto", "why_not"]
 
-SAME = Tiling({"BLOCK_T": 128, "BLOCK_O": 128, "BLOCK_I": 64}, warps=8, stages=3, shared=128 * 1024, registers=255)
-MIXED = Tiling({"BLOCK_T": 128, "BLOCK_O": 128, "BLOCK_I": 32}, warps=8, stages=4, shared=128 * 1024, registers=255)
-SMALL = Tiling({"BLOCK_T": 64, "BLOCK_O": 64, "BLOCK_I": 32}, warps=4, stages=4, shared=96 * 1024, registers=255)
-WIDE = Tiling({"BLOCK_T": 64, "BLOCK_O": 64, "BLOCK_I": 32}, warps=4, stages=3, shared=64 * 1024, registers=255)
+SAME = Tiling({"BLOCK_T": 128, "BLOCK_O": 128, "BLOCK_I": 64}, warps=8, stages=3, shared=104 * 1024, registers=255)
+MIXED = Tiling({"BLOCK_T": 128, "BLOCK_O": 128, "BLOCK_I": 32}, warps=8, stages=4, shared=96 * 1024, registers=255)
+SMALL = Tiling({"BLOCK_T": 64, "BLOCK_O": 64, "BLOCK_I": 32}, warps=4, stages=4, shared=48 * 1024, registers=136)
+WIDE = Tiling({"BLOCK_T": 64, "BLOCK_O": 64, "BLOCK_I": 32}, warps=8, stages=3, shared=40 * 1024, registers=136)
 TILINGS = (SAME, MIXED, SMALL, WIDE)
 GROUP = 8
 """Blocks of tokens that walk over the rows of r together, so that what they read of it stays in the L2."""

@@ -20,9 +20,9 @@ from gradshield_fast.ops.triton_tiles import product
 
 __all__ = ["lowrank_contract", "lowrank_project", "not_for_auto", "why_not"]
 
-NARROW = Tiling({"BLOCK_T": 128, "BLOCK_I": 32}, warps=8, stages=4, shared=96 * 1024, registers=255)
-FEW_RANKS = Tiling({"BLOCK_T": 64, "BLOCK_I": 128}, warps=4, stages=3, shared=128 * 1024, registers=255)
-WIDE = Tiling({"BLOCK_T": 64, "BLOCK_I": 32}, warps=4, stages=3, shared=96 * 1024, registers=255)
+NARROW = Tiling({"BLOCK_T": 128, "BLOCK_I": 32}, warps=8, stages=4, shared=72 * 1024, registers=184)
+FEW_RANKS = Tiling({"BLOCK_T": 64, "BLOCK_I": 128}, warps=4, stages=3, shared=112 * 1024, registers=255)
+WIDE = Tiling({"BLOCK_T": 64, "BLOCK_I": 32}, warps=4, stages=3, shared=40 * 1024, registers=255)
 TILINGS = (NARROW, FEW_RANKS, WIDE)
 MAX_RANKS = 64
 """Columns of p or q that one program takes; more are more programs, which read the long factor again, from the L2."""

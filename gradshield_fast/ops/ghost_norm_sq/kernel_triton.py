@@ -24,10 +24,10 @@ from gradshield_fast.ops.triton_tiles import product
 
 __all__ = ["ghost_inner", "not_for_auto", "pair_terms", "why_not"]
 
-PAIRS = Tiling({"BLOCK_T": 64, "BLOCK_U": 64, "BLOCK_I": 64}, warps=8, stages=3, shared=96 * 1024, registers=255)
-PAIRS_MIXED = Tiling({"BLOCK_T": 64, "BLOCK_U": 64, "BLOCK_I": 32}, warps=4, stages=3, shared=96 * 1024, registers=255)
-OUTER = Tiling({"BLOCK_O": 64, "BLOCK_C": 64, "BLOCK_I": 32}, warps=4, stages=3, shared=96 * 1024, registers=255)
-PAIRS_WIDE = Tiling({"BLOCK_T": 64, "BLOCK_U": 64, "BLOCK_I": 32}, warps=8, stages=3, shared=64 * 1024, registers=255)
+PAIRS = Tiling({"BLOCK_T": 64, "BLOCK_U": 64, "BLOCK_I": 64}, warps=8, stages=3, shared=56 * 1024, registers=192)
+PAIRS_MIXED = Tiling({"BLOCK_T": 64, "BLOCK_U": 32, "BLOCK_I": 32}, warps=4, stages=3, shared=32 * 1024, registers=176)
+OUTER = Tiling({"BLOCK_O": 64, "BLOCK_C": 64, "BLOCK_I": 32}, warps=4, stages=3, shared=40 * 1024, registers=240)
+PAIRS_WIDE = Tiling({"BLOCK_T": 64, "BLOCK_U": 64, "BLOCK_I": 32}, warps=8, stages=3, shared=40 * 1024, registers=200)
 TILINGS = (PAIRS, PAIRS_MIXED, PAIRS_WIDE, OUTER)
 
 FLOATS, IDS, IDS_LEFT, IDS_RIGHT = 0, 1, 2, 3

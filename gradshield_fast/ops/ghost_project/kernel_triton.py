@@ -10,7 +10,7 @@ from gradshield_fast.ops.triton_tiles import product
 
 __all__ = ["ghost_project", "not_for_auto", "why_not"]
 
-SEGMENT = Tiling({"BLOCK_O": 32, "BLOCK_C": 32, "BLOCK_I": 32}, warps=4, stages=3, shared=32 * 1024, registers=128)
+SEGMENT = Tiling({"BLOCK_O": 32, "BLOCK_C": 32, "BLOCK_I": 32}, warps=4, stages=3, shared=24 * 1024, registers=136)
 TILINGS = (SEGMENT,)
 
 

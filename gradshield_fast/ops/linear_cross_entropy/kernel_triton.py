@@ -15,13 +15,11 @@ from gradshield_fast.ops.triton_tiles import product
 
 __all__ = ["linear_cross_entropy", "not_for_auto", "why_not"]
 
-LOGITS = Tiling({"BLOCK_T": 128, "BLOCK_V": 64, "BLOCK_I": 64}, warps=8, stages=3, shared=96 * 1024, registers=255)
-LOGITS_MIXED = Tiling(
-    {"BLOCK_T": 128, "BLOCK_V": 64, "BLOCK_I": 32}, warps=8, stages=3, shared=96 * 1024, registers=255
-)
-LOGITS_WIDE = Tiling({"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_I": 16}, warps=4, stages=3, shared=64 * 1024, registers=255)
-PULL = Tiling({"BLOCK_T": 128, "BLOCK_C": 128, "BLOCK_I": 32}, warps=8, stages=3, shared=96 * 1024, registers=255)
-PULL_WIDE = Tiling({"BLOCK_T": 64, "BLOCK_C": 64, "BLOCK_I": 16}, warps=4, stages=3, shared=64 * 1024, registers=255)
+LOGITS = Tiling({"BLOCK_T": 128, "BLOCK_V": 64, "BLOCK_I": 64}, warps=8, stages=3, shared=80 * 1024, registers=184)
+LOGITS_MIXED = Tiling({"BLOCK_T": 128, "BLOCK_V": 32, "BLOCK_I": 32}, warps=8, stages=3, shared=40 * 1024, registers=128)
+LOGITS_WIDE = Tiling({"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_I": 32}, warps=8, stages=3, shared=40 * 1024, registers=136)
+PULL = Tiling({"BLOCK_T": 128, "BLOCK_C": 128, "BLOCK_I": 32}, warps=8, stages=3, shared=72 * 1024, registers=224)
+PULL_WIDE = Tiling({"BLOCK_T": 64, "BLOCK_C": 64, "BLOCK_I": 32}, warps=8, stages=3, shared=40 * 1024, registers=136)
 TILINGS = (LOGITS, LOGITS_MIXED, LOGITS_WIDE, PULL, PULL_WIDE)
 
 GROUP = 8

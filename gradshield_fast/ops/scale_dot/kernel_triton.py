@@ -8,7 +8,7 @@ from gradshield_fast.ops.triton_support import Tiling, blocks_of, jit, launch, n
 
 __all__ = ["not_for_auto", "scale_dot", "why_not"]
 
-ROWS = Tiling({"BLOCK_T": 4, "BLOCK_D": 256}, warps=4, stages=2, shared=8 * 1024, registers=128)
+ROWS = Tiling({"BLOCK_T": 4, "BLOCK_D": 256}, warps=4, stages=2, shared=8 * 1024, registers=72)
 TILINGS = (ROWS,)
 MAX_DIRECTIONS = 4
 """Directions that one pass over x_hat and g serves."""

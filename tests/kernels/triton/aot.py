@@ -67,7 +67,7 @@ def check(target: str, variant: Variant, tiling: Tiling) -> Report:
     backend = TARGETS[target].backend
     stages = tiling.stages if backend == "cuda" else min(tiling.stages, 2)
     options = {"num_warps": tiling.warps, "num_stages": stages, "enable_fp_fusion": True}
-    compiled = triton.compile(_source(variant, tiling), target=TARGETS[target], options=options)
+    compiled = triton.compile(source(variant, tiling), target=TARGETS[target], options=options)
     if backend == "cuda":
         registers, spilled = _resources(compiled.asm["cubin"])
         text = compiled.asm["ptx"]
@@ -91,7 +91,7 @@ def check(target: str, variant: Variant, tiling: Tiling) -> Report:
     return Report(case, registers, spilled, shared, found, time.perf_counter() - begun, tuple(faults))
 
 
-def _source(variant: Variant, tiling: Tiling) -> ASTSource:
+def source(variant: Variant, tiling: Tiling) -> ASTSource:
     """The kernel with its argument types: pointers and sizes aligned to 16 as torch's are, depth strides of 1."""
     kernel, constants = variant.kernel, {**tiling.blocks, **variant.constants, "INTERPRETED": False}
     for name in variant.ones:
