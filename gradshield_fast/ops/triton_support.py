@@ -88,7 +88,7 @@ def why_not(*inputs: torch.Tensor | None) -> str | None:
         return "TRITON_INTERPRET is set, the inputs are on a GPU" if INTERPRETED else _too_old(device.index)
     if device.type == "cpu" and INTERPRETED:
         return None
-    return f"needs a GPU, the inputs are on {device.type}"
+    return f"runs on GPUs, the inputs are on {device.type}"
 
 
 def not_for_auto(*inputs: torch.Tensor | None) -> str | None:

@@ -84,7 +84,7 @@ def pairs_kernel(
     end = tl.max(b_last, axis=0)
     begin = tl.min(tl.where(b_first < b_last, b_first, end), axis=0)
     b_v = tl.zeros([BLOCK_T], tl.float32)
-    for u in range(begin + i_s * BLOCK_U, end, tl.num_programs(1) * BLOCK_U):
+    for u in range(begin + i_s * BLOCK_U, end, tl.num_programs(1) * BLOCK_U):  # pyright: ignore[reportArgumentType]
         o_u = u + tl.arange(0, BLOCK_U).to(tl.int64)
         m_u = o_u < end
         b_l = _gram(

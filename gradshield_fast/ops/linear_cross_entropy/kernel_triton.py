@@ -16,11 +16,11 @@ from gradshield_fast.ops.triton_tiles import product
 __all__ = ["linear_cross_entropy", "not_for_auto", "why_not"]
 
 LOGITS = Tiling({"BLOCK_T": 128, "BLOCK_V": 64, "BLOCK_I": 64}, warps=8, stages=3, shared=80 * 1024, registers=184)
-LOGITS_MIXED = Tiling({"BLOCK_T": 128, "BLOCK_V": 32, "BLOCK_I": 32}, warps=8, stages=3, shared=40 * 1024, registers=128)
+LOGITS_MIX = Tiling({"BLOCK_T": 128, "BLOCK_V": 32, "BLOCK_I": 32}, warps=8, stages=3, shared=40 * 1024, registers=128)
 LOGITS_WIDE = Tiling({"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_I": 32}, warps=8, stages=3, shared=40 * 1024, registers=136)
 PULL = Tiling({"BLOCK_T": 128, "BLOCK_C": 128, "BLOCK_I": 32}, warps=8, stages=3, shared=72 * 1024, registers=224)
 PULL_WIDE = Tiling({"BLOCK_T": 64, "BLOCK_C": 64, "BLOCK_I": 32}, warps=8, stages=3, shared=40 * 1024, registers=136)
-TILINGS = (LOGITS, LOGITS_MIXED, LOGITS_WIDE, PULL, PULL_WIDE)
+TILINGS = (LOGITS, LOGITS_MIX, LOGITS_WIDE, PULL, PULL_WIDE)
 
 GROUP = 8
 WORKSPACE = 1 << 26
@@ -124,14 +124,14 @@ def others_kernel(
     m_other = m_v[None, :] & (o_v[None, :] != b_label[:, None])
     b_z_other = tl.where(m_other, b_z, float("-inf"))
     b_top = tl.max(b_z_other, axis=1)
-    m_some = b_top > float("-inf")  # false where the label is the tile's only word
+    m_some = b_top != float("-inf")  # false where the label is the tile's only word
     b_base = tl.where(m_some, b_top, 0.0)
     b_sum = tl.sum(tl.exp(b_z_other - b_base[:, None]), axis=1)
     i_v = tl.min(o_v, axis=0) // BLOCK_V
     tl.store(
         part + i_v * tokens + o_t, tl.where(m_some, b_base + tl.log(tl.where(m_some, b_sum, 1.0)), b_top), mask=m_t
     )
-    m_here = tl.max(m_own.to(tl.int32), axis=1) > 0
+    m_here = tl.max(m_own.to(tl.int32), axis=1) != 0
     tl.store(own + o_t, tl.sum(tl.where(m_own, b_z, 0.0), axis=1), mask=m_t & m_here)
 
 
@@ -247,7 +247,7 @@ def linear_cross_entropy(
     """
     (tokens, depth), vocabulary = h.shape, weight.shape[0]
     live, label = labels >= 0, labels.clamp_min(0).contiguous()
-    logits = LOGITS_WIDE if is_wide(h, weight) else LOGITS if h.dtype == weight.dtype else LOGITS_MIXED
+    logits = LOGITS_WIDE if is_wide(h, weight) else LOGITS if h.dtype == weight.dtype else LOGITS_MIX
     pull = PULL_WIDE if is_wide(weight) else PULL
     n_t = blocks_of(tokens, logits.blocks["BLOCK_T"])
     cap = 1.0 if softcap is None else softcap

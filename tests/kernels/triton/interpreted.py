@@ -212,7 +212,7 @@ def test_the_head_in_parts_is_the_head_in_one(
     r = strided(generator, torch.float32, 2, 1040, 20)
     p, q = strided(generator, torch.float32, 1040, 5), strided(generator, torch.float32, 20, 5)
 
-    def run(backend: str, double: bool = False, **direction: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def run(backend: str, double: bool, /, **direction: torch.Tensor) -> tuple[torch.Tensor, ...]:
         floats = (lambda x: x.double()) if double else (lambda x: x)
         out = linear_cross_entropy(
             floats(h), floats(weight), labels, softcap=softcap, scale=0.7, backend=backend,
@@ -224,13 +224,13 @@ def test_the_head_in_parts_is_the_head_in_one(
     for direction in ({"r": r}, {"p": p, "q": q}):
         truth = run("reference", True, **direction)
         monkeypatch.setattr(head, "WORKSPACE", 1 << 26)
-        one = run("triton", **direction)
+        one = run("triton", False, **direction)
         monkeypatch.setattr(head, "WORKSPACE", 1)
         assert head.part_of(70, 1040) == 1024
-        for parts in (one, run("triton", **direction)):
+        for parts in (one, run("triton", False, **direction)):
             for x, y in zip(parts, truth, strict=True):
                 torch.testing.assert_close(x.double(), y, rtol=2e-5, atol=2e-6 * float(y.abs().max()))
-        for x, y in zip(one, run("triton", **direction), strict=True):
+        for x, y in zip(one, run("triton", False, **direction), strict=True):
             assert not x.isnan().any()
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5 * float(y.abs().max()))
 

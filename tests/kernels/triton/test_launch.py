@@ -93,8 +93,8 @@ CALLS: dict[str, Callable[[int], object]] = {
         torch.zeros(t, dtype=torch.int64), bf16(t, 64), torch.zeros(2, 9, 64)
     ),
     "scale_dot_kernel": lambda t: scale.scale_dot(bf16(t, 64), bf16(t, 64), torch.zeros(1, 64)),
-    "pairs_kernel": lambda t: norm.ghost_inner(*(bf16(t, 64) for _ in range(4)), cu(t)),
-    "outer_kernel": lambda t: norm.ghost_inner(*(bf16(t, 16) for _ in range(4)), cu(t)),
+    "pairs_kernel": lambda t: norm.ghost_inner(bf16(t, 64), bf16(t, 64), bf16(t, 64), bf16(t, 64), cu(t)),
+    "outer_kernel": lambda t: norm.ghost_inner(bf16(t, 16), bf16(t, 16), bf16(t, 16), bf16(t, 16), cu(t)),
     "pairs_kernel, gram": lambda t: gram.ghost_gram(bf16(t, 64), bf16(t, 32), cu(t), bf16(t, 64), bf16(t, 32), cu(t)),
     "segment_kernel": lambda t: project.ghost_project(
         bf16(t, 64), bf16(t, 32), torch.zeros(64, 8), torch.zeros(32, 8), cu(t)

@@ -134,8 +134,8 @@ def _head() -> list[Variant]:
         ("bf16", BF16, BF16, head.LOGITS, head.PULL),
         ("fp16", F16, F16, head.LOGITS, head.PULL),
         ("fp32", F32, F32, head.LOGITS_WIDE, head.PULL_WIDE),
-        ("bf16 with fp32", BF16, F32, head.LOGITS_MIXED, head.PULL_WIDE),
-        ("fp16 with fp32", F16, F32, head.LOGITS_MIXED, head.PULL_WIDE),
+        ("bf16 with fp32", BF16, F32, head.LOGITS_MIX, head.PULL_WIDE),
+        ("fp16 with fp32", F16, F32, head.LOGITS_MIX, head.PULL_WIDE),
     ):
         matrix, ones = "" if name == "fp32" else "best", ("stride_h_i", "stride_w_i")
         for capped in (False, True):
