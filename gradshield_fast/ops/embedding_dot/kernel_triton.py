@@ -72,7 +72,7 @@ def embedding_dot(ids: torch.Tensor, g: torch.Tensor, r: torch.Tensor) -> torch.
     """
     (tokens, width), (directions, vocabulary, _) = g.shape, r.shape
     block_k = power_of_two(directions, 1, MAX_DIRECTIONS)
-    u = torch.empty(tokens, directions, device=g.device)
+    u = torch.empty(tokens, directions, device=g.device, dtype=torch.float32)
     launch(
         embedding_dot_kernel, (blocks_of(tokens, ROWS.blocks["BLOCK_T"]), blocks_of(directions, block_k)), ROWS,
         ids, g, r, u, tokens, width, vocabulary, directions, *ids.stride(), *g.stride(), *r.stride(),

@@ -11,7 +11,7 @@ __all__ = ["ghost_dot", "not_for_auto", "why_not"]
 
 SAME = Tiling({"BLOCK_T": 128, "BLOCK_O": 128, "BLOCK_I": 64}, warps=8, stages=3, shared=104 * 1024, registers=255)
 MIXED = Tiling({"BLOCK_T": 128, "BLOCK_O": 128, "BLOCK_I": 32}, warps=8, stages=4, shared=96 * 1024, registers=255)
-SMALL = Tiling({"BLOCK_T": 64, "BLOCK_O": 64, "BLOCK_I": 32}, warps=4, stages=4, shared=48 * 1024, registers=136)
+SMALL = Tiling({"BLOCK_T": 64, "BLOCK_O": 64, "BLOCK_I": 32}, warps=4, stages=4, shared=48 * 1024, registers=144)
 WIDE = Tiling({"BLOCK_T": 64, "BLOCK_O": 64, "BLOCK_I": 32}, warps=8, stages=3, shared=40 * 1024, registers=136)
 TILINGS = (SAME, MIXED, SMALL, WIDE)
 GROUP = 8
@@ -99,7 +99,7 @@ def ghost_dot(a: torch.Tensor, g: torch.Tensor, r: torch.Tensor) -> torch.Tensor
     (tokens, d_in), (directions, d_out, _) = a.shape, r.shape
     tiling = tiling_for(r, a, d_out, tokens)
     n_o = blocks_of(d_out, tiling.blocks["BLOCK_O"])
-    u = torch.empty(n_o, tokens, directions, device=a.device)
+    u = torch.empty(n_o, tokens, directions, device=a.device, dtype=torch.float32)
     launch(
         ghost_dot_kernel, (blocks_of(tokens, tiling.blocks["BLOCK_T"]) * n_o * directions,), tiling,
         a, g, r, u, tokens, d_in, d_out, directions, *a.stride(), *g.stride(), *r.stride(),

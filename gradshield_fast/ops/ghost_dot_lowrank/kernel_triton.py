@@ -21,7 +21,7 @@ from gradshield_fast.ops.triton_tiles import product
 __all__ = ["lowrank_contract", "lowrank_project", "not_for_auto", "why_not"]
 
 NARROW = Tiling({"BLOCK_T": 128, "BLOCK_I": 32}, warps=8, stages=4, shared=72 * 1024, registers=184)
-FEW_RANKS = Tiling({"BLOCK_T": 64, "BLOCK_I": 128}, warps=4, stages=3, shared=112 * 1024, registers=255)
+FEW_RANKS = Tiling({"BLOCK_T": 64, "BLOCK_I": 64}, warps=4, stages=4, shared=72 * 1024, registers=176)
 WIDE = Tiling({"BLOCK_T": 64, "BLOCK_I": 32}, warps=4, stages=3, shared=40 * 1024, registers=255)
 TILINGS = (NARROW, FEW_RANKS, WIDE)
 MAX_RANKS = 64
@@ -154,7 +154,7 @@ def lowrank_project(a: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     tiling = tiling_for(a, q, block_r)
     blocks = blocks_of(tokens, tiling.blocks["BLOCK_T"]), blocks_of(ranks, block_r)
     parts, part = parts_of(blocks[0] * blocks[1], depth, tiling, a.device)
-    z = torch.empty(parts, tokens, ranks, device=a.device)
+    z = torch.empty(parts, tokens, ranks, device=a.device, dtype=torch.float32)
     launch(
         project_kernel, (*blocks, parts), tiling,
         a, q, z, tokens, depth, ranks, part, *a.stride(), *q.stride(),
@@ -180,7 +180,7 @@ def lowrank_contract(z: torch.Tensor, g: torch.Tensor, p: torch.Tensor, member: 
     tiling = tiling_for(g, p, block_r)
     blocks = blocks_of(tokens, tiling.blocks["BLOCK_T"]), blocks_of(ranks, block_r)
     parts, part = parts_of(blocks[0] * blocks[1], depth, tiling, g.device)
-    u = torch.empty(parts * blocks[1], tokens, directions, device=g.device)
+    u = torch.empty(parts * blocks[1], tokens, directions, device=g.device, dtype=torch.float32)
     launch(
         contract_kernel, (*blocks, parts), tiling,
         z, g, p, member, u, tokens, depth, ranks, directions, part,

@@ -32,7 +32,7 @@ def ghost_gram(
     """
     tokens, examples = len(a1), cu2.numel() - 1
     bounds = cu2.to(device=a1.device, dtype=torch.int32)[None, :].expand(tokens, -1)
-    out = torch.zeros(cu1.numel() - 1, examples, device=a1.device)
+    out = torch.zeros(cu1.numel() - 1, examples, device=a1.device, dtype=torch.float32)
     # a grid's third axis ends at 65535
     step = min(max(WORKSPACE // (4 * max(tokens, 1)), 1), 65535)
     for m in range(0, examples, step):

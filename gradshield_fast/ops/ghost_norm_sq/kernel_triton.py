@@ -24,10 +24,10 @@ from gradshield_fast.ops.triton_tiles import product
 
 __all__ = ["ghost_inner", "not_for_auto", "pair_terms", "why_not"]
 
-PAIRS = Tiling({"BLOCK_T": 64, "BLOCK_U": 64, "BLOCK_I": 64}, warps=8, stages=3, shared=56 * 1024, registers=192)
-PAIRS_MIXED = Tiling({"BLOCK_T": 64, "BLOCK_U": 32, "BLOCK_I": 32}, warps=4, stages=3, shared=32 * 1024, registers=176)
-OUTER = Tiling({"BLOCK_O": 64, "BLOCK_C": 64, "BLOCK_I": 32}, warps=4, stages=3, shared=40 * 1024, registers=240)
-PAIRS_WIDE = Tiling({"BLOCK_T": 64, "BLOCK_U": 64, "BLOCK_I": 32}, warps=8, stages=3, shared=40 * 1024, registers=200)
+PAIRS = Tiling({"BLOCK_T": 64, "BLOCK_U": 64, "BLOCK_I": 64}, warps=8, stages=3, shared=56 * 1024, registers=208)
+PAIRS_MIXED = Tiling({"BLOCK_T": 64, "BLOCK_U": 32, "BLOCK_I": 32}, warps=4, stages=3, shared=32 * 1024, registers=248)
+OUTER = Tiling({"BLOCK_O": 64, "BLOCK_C": 64, "BLOCK_I": 32}, warps=8, stages=3, shared=40 * 1024, registers=216)
+PAIRS_WIDE = Tiling({"BLOCK_T": 64, "BLOCK_U": 64, "BLOCK_I": 16}, warps=8, stages=3, shared=24 * 1024, registers=192)
 TILINGS = (PAIRS, PAIRS_MIXED, PAIRS_WIDE, OUTER)
 
 FLOATS, IDS, IDS_LEFT, IDS_RIGHT = 0, 1, 2, 3
@@ -161,7 +161,7 @@ def pair_terms(
     tiling = PAIRS_WIDE if wide else PAIRS if same else PAIRS_MIXED
     blocks = blocks_of(tokens, tiling.blocks["BLOCK_T"])
     parts = min(blocks_of(2 * processors(l1.device), max(blocks * rows, 1)), 16)
-    v = torch.empty(parts, tokens, rows, device=l1.device)
+    v = torch.empty(parts, tokens, rows, device=l1.device, dtype=torch.float32)
     strides = [s for x in factors for s in (x.stride() if x.ndim == 2 else (x.stride(0), 0))]
     launch(
         pairs_kernel, (blocks, parts, rows), tiling,
@@ -216,7 +216,7 @@ def ghost_inner(
         return out
     rows, cols = left1.shape[1], right1.shape[1]
     tiles = blocks_of(rows, OUTER.blocks["BLOCK_O"]) * blocks_of(cols, OUTER.blocks["BLOCK_C"])
-    s = torch.empty(len(cu) - 1, tiles, device=device)
+    s = torch.empty(len(cu) - 1, tiles, device=device, dtype=torch.float32)
     launch(
         outer_kernel, (tiles * (len(cu) - 1),), OUTER,
         *factors, cu.int(), s, shortest, tiles, rows, cols, *(stride for x in factors for stride in x.stride()),

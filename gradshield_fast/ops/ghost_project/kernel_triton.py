@@ -73,7 +73,7 @@ def ghost_project(
     tiles = blocks_of(k_out, SEGMENT.blocks["BLOCK_O"]) * blocks_of(k_in, SEGMENT.blocks["BLOCK_C"])
     # a few long examples are cut, so that their tokens are not summed by a few programs while the rest of the GPU waits
     parts = min(blocks_of(2 * processors(a.device), max(tiles * examples, 1)), blocks_of(max(len(a), 1), 256), 16)
-    s = torch.empty(parts, examples, k_out, k_in, device=a.device)
+    s = torch.empty(parts, examples, k_out, k_in, device=a.device, dtype=torch.float32)
     launch(
         segment_kernel, (tiles * examples, parts), SEGMENT,
         left, right, cu_seqlens.to(device=a.device, dtype=torch.int32), s, examples, tiles, k_out, k_in,

@@ -15,7 +15,7 @@ from gradshield_fast.ops.triton_tiles import product
 
 __all__ = ["linear_cross_entropy", "not_for_auto", "why_not"]
 
-LOGITS = Tiling({"BLOCK_T": 128, "BLOCK_V": 64, "BLOCK_I": 64}, warps=8, stages=3, shared=80 * 1024, registers=184)
+LOGITS = Tiling({"BLOCK_T": 128, "BLOCK_V": 64, "BLOCK_I": 64}, warps=8, stages=3, shared=80 * 1024, registers=192)
 LOGITS_MIX = Tiling({"BLOCK_T": 128, "BLOCK_V": 32, "BLOCK_I": 32}, warps=8, stages=3, shared=40 * 1024, registers=128)
 LOGITS_WIDE = Tiling({"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_I": 32}, warps=8, stages=3, shared=40 * 1024, registers=136)
 PULL = Tiling({"BLOCK_T": 128, "BLOCK_C": 128, "BLOCK_I": 32}, warps=8, stages=3, shared=72 * 1024, registers=224)
@@ -253,8 +253,9 @@ def linear_cross_entropy(
     cap = 1.0 if softcap is None else softcap
     options = {"CAPPED": softcap is not None, "FLAT": FLAT, "GROUP": GROUP}
 
-    part = torch.empty(blocks_of(vocabulary, logits.blocks["BLOCK_V"]), tokens, device=h.device)
-    own = torch.full((tokens,), torch.nan, device=h.device)  # stays NaN for a label outside the vocabulary
+    part = torch.empty(blocks_of(vocabulary, logits.blocks["BLOCK_V"]), tokens, device=h.device, dtype=torch.float32)
+    # stays NaN for a label outside the vocabulary
+    own = torch.full((tokens,), torch.nan, device=h.device, dtype=torch.float32)
     launch(
         others_kernel, (n_t * len(part),), logits,
         h, weight, label, part, own, scale, cap, tokens, vocabulary, depth, *h.stride(), *weight.stride(),
@@ -267,10 +268,10 @@ def linear_cross_entropy(
     share = live.float() if token_weight is None else torch.where(live, token_weight.float(), 0.0).contiguous()
 
     width = part_of(tokens, vocabulary)
-    g = torch.empty(tokens, width, device=h.device)
-    dh = torch.empty(tokens, depth, device=h.device)
-    dot = None if r is None else torch.zeros(tokens, r.shape[0], device=h.device)
-    pulled = None if p is None else torch.zeros(tokens, p.shape[1], device=h.device)
+    g = torch.empty(tokens, width, device=h.device, dtype=torch.float32)
+    dh = torch.empty(tokens, depth, device=h.device, dtype=torch.float32)
+    dot = None if r is None else torch.zeros(tokens, r.shape[0], device=h.device, dtype=torch.float32)
+    pulled = None if p is None else torch.zeros(tokens, p.shape[1], device=h.device, dtype=torch.float32)
     for first in range(0, vocabulary, width):
         words = min(width, vocabulary - first)
         launch(

@@ -69,7 +69,7 @@ def scale_dot(x_hat: torch.Tensor | None, g: torch.Tensor, r: torch.Tensor) -> t
     """
     (tokens, width), directions = g.shape, r.shape[0]
     block_k = power_of_two(directions, 1, MAX_DIRECTIONS)
-    u = torch.empty(tokens, directions, device=g.device)
+    u = torch.empty(tokens, directions, device=g.device, dtype=torch.float32)
     x = g if x_hat is None else x_hat
     launch(
         scale_dot_kernel, (blocks_of(tokens, ROWS.blocks["BLOCK_T"]), blocks_of(directions, block_k)), ROWS,
