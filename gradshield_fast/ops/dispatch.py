@@ -56,7 +56,7 @@ def run(op: str, backend: str, function: str, inputs: Sequence[Any], *args: Any)
         BackendUnavailable: the named backend cannot run these inputs.
     """
     room = _ROOMS[op]
-    name = _auto(op, room, function, inputs, args) if backend == "auto" else _named(op, room, backend, inputs)
+    name = _auto(op, room, function, inputs, args) if backend == "auto" else _named(op, backend, inputs)
     for seen in _LISTENERS:
         seen.setdefault(op, set()).add(name)
     return getattr(room[name], function)(*args)
@@ -82,9 +82,26 @@ def _auto(op: str, room: Mapping[str, ModuleType], function: str, inputs: Sequen
         return measured.fastest(f"{op}.{function}", about, inputs, calls, measured.gpu_milliseconds)
 
 
-def _named(op: str, room: Mapping[str, ModuleType], backend: str, inputs: Sequence[Any]) -> str:
+def why_not(op: str, backend: str, *inputs: Any) -> str | None:
+    """Say why a backend cannot run an op on these inputs.
+
+    Args:
+        op: the op's name.
+        backend: the backend's name.
+        inputs: the op's tensors; one small tensor on a device stands for what depends on the device alone.
+
+    Returns:
+        The reason, or None where it can.
+
+    Raises:
+        BackendUnavailable: the op has no such backend.
+    """
     resolve(op, backend)
-    reason = room[backend].why_not(*inputs)
+    return _ROOMS[op][backend].why_not(*inputs)
+
+
+def _named(op: str, backend: str, inputs: Sequence[Any]) -> str:
+    reason = why_not(op, backend, *inputs)
     if reason is not None:
         raise BackendUnavailable(f"{op}: backend '{backend}' cannot run these inputs: {reason}")
     return backend

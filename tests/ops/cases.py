@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 import torch
+from _pytest.mark import ParameterSet
+
+from gradshield_fast.ops import available, dispatch
 
 EPS_FP32 = torch.finfo(torch.float32).eps
 BOUND = 8 * EPS_FP32
@@ -54,3 +58,12 @@ def per_example(
 def stack(values: list[torch.Tensor], *tail: int) -> torch.Tensor:
     """Stack results of examples; an empty batch keeps its shape."""
     return torch.stack(values) if values else torch.zeros(0, *tail, dtype=torch.float64)
+
+
+def backends(op: str) -> list[ParameterSet]:
+    """The backends of an op as parameters; one that cannot run here is skipped, with its reason."""
+    out = []
+    for name in available()[op]:
+        reason = dispatch.why_not(op, name, torch.zeros(1, 1))
+        out.append(pytest.param(name, marks=[] if reason is None else pytest.mark.skip(reason=f"{name}: {reason}")))
+    return out

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradshield_fast.errors import BackendUnavailable, InputError
-from gradshield_fast.ops import available, ghost_dot
-from tests.ops.cases import BOUND, DTYPES, LENGTHS, WIDTHS, packed, per_example, stack
+from gradshield_fast.ops import ghost_dot
+from tests.ops.cases import BOUND, DTYPES, LENGTHS, WIDTHS, backends, packed, per_example, stack
 
-BACKENDS = available()["ghost_dot"]
+BACKENDS = backends("ghost_dot")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -80,7 +80,7 @@ def test_bad_calls_name_the_op_and_what_came() -> None:
         ghost_dot(a.long(), g, r, cu)
     with pytest.raises(InputError, match="backend must be one of"):
         ghost_dot(a, g, r, cu, backend="fortran")
-    with pytest.raises(BackendUnavailable, match="ghost_dot: backend 'triton' is not built"):
+    with pytest.raises(BackendUnavailable, match="ghost_dot: backend 'triton'"):
         ghost_dot(a, g, r, cu, backend="triton")
 
 
