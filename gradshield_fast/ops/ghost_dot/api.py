@@ -6,10 +6,16 @@ import torch
 
 from gradshield_fast.errors import InputError
 from gradshield_fast.ops import checks, dispatch
-from gradshield_fast.ops.ghost_dot import reference
+from gradshield_fast.ops.ghost_dot import kernel_native, reference
 from gradshield_fast.ops.segments import segment_sum
 
-BACKENDS = dispatch.register("ghost_dot", {"reference": reference})
+BACKENDS = dispatch.register(
+    "ghost_dot",
+    {
+        "native": kernel_native,
+        "reference": reference,
+    },
+)
 
 
 def ghost_dot(

@@ -8,11 +8,17 @@ import torch
 
 from gradshield_fast.errors import InputError
 from gradshield_fast.ops import checks, dispatch
-from gradshield_fast.ops.ghost_dot_lowrank import reference
+from gradshield_fast.ops.ghost_dot_lowrank import kernel_native, reference
 from gradshield_fast.ops.segments import segment_sum
 
 OP = "ghost_dot_lowrank"
-BACKENDS = dispatch.register(OP, {"reference": reference})
+BACKENDS = dispatch.register(
+    OP,
+    {
+        "native": kernel_native,
+        "reference": reference,
+    },
+)
 
 
 def membership(ranks: Sequence[int], like: torch.Tensor) -> torch.Tensor:

@@ -6,10 +6,16 @@ import torch
 
 from gradshield_fast.errors import InputError
 from gradshield_fast.ops import checks, dispatch
-from gradshield_fast.ops.ghost_norm_sq import reference
+from gradshield_fast.ops.ghost_norm_sq import kernel_native, reference
 
 OP = "ghost_norm_sq"
-BACKENDS = dispatch.register(OP, {"reference": reference})
+BACKENDS = dispatch.register(
+    OP,
+    {
+        "native": kernel_native,
+        "reference": reference,
+    },
+)
 
 
 def ghost_norm_sq(a: torch.Tensor, g: torch.Tensor, cu_seqlens: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:

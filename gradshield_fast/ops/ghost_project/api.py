@@ -6,10 +6,16 @@ import torch
 
 from gradshield_fast.errors import InputError
 from gradshield_fast.ops import checks, dispatch
-from gradshield_fast.ops.ghost_project import reference
+from gradshield_fast.ops.ghost_project import kernel_native, reference
 
 OP = "ghost_project"
-BACKENDS = dispatch.register(OP, {"reference": reference})
+BACKENDS = dispatch.register(
+    OP,
+    {
+        "native": kernel_native,
+        "reference": reference,
+    },
+)
 
 
 def ghost_project(
