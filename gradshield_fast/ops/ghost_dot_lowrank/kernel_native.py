@@ -1,4 +1,4 @@
-"""The low-rank ghost dot product in C++, on the CPU: a and g are read once, in their own type, whatever their strides."""
+"""The low-rank ghost dot product in C++, on the CPU: a and g are read once, in their own type, by any strides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ghost norm in C++, on the CPU: products of tokens with tokens, each pair of a norm once, no matrix of them kept."""
+"""The ghost norm in C++, on the CPU: products of tokens with tokens, a pair of a norm once, no matrix of them kept."""
 
 from __future__ import annotations
 
