@@ -6,97 +6,32 @@ No extension is needed to install: where one cannot be built, the build says so 
 from __future__ import annotations
 
 import importlib.util
-import os
-import platform
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
-from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
-
-ROOT = Path(__file__).parent
-X86 = platform.machine().lower() in ("x86_64", "amd64")
-# GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for a mistake of ours: hence the last two.
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
-AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-ISA_FLAGS = {
-    "csrc/isa/avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "csrc/isa/avx512.cpp": AVX512,
-    "csrc/isa/amx.cpp": [*AVX512, "-mamx-tile", "-mamx-bf16"],
-}
-"""One build serves every processor: these files alone use more than the baseline, and run where cpuid allows it."""
-FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra", "-pthread"]
+from setuptools import setup
 
 
-def native() -> list[Extension]:
-    """The CPU kernels; none without pybind11."""
-    try:
-        import pybind11
-    except ImportError:
-        print("gradshield_fast: pybind11 is not there, so the native CPU kernels are not built", file=sys.stderr)
-        return []
-    sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*/cpu.cpp"))
-    sources += ["csrc/bindings.cpp", "csrc/common/isa.cpp", "csrc/common/packing.cpp", "csrc/common/pool.cpp"]
-    sources += ["csrc/isa/portable.cpp", *(ISA_FLAGS if X86 else ())]
-    return [
-        Extension(
-            "gradshield_fast._native",
-            sources,
-            include_dirs=["csrc", pybind11.get_include()],
-            depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")),
-            extra_compile_args=FLAGS,
-            extra_link_args=["-pthread"],
-            language="c++",
-            optional=True,
-        )
-    ]
+def load(name: str) -> ModuleType | None:
+    """Import a part of the build from this folder, which is not on the path of an isolated build.
 
+    Args:
+        name: the part's name.
 
-def cuda() -> list[Extension]:
-    """The CUDA kernels, where their part of the build is there and finds a compiler."""
-    path = ROOT / "setup_cuda.py"
-    if not path.exists():
-        return []
-    spec = importlib.util.spec_from_file_location("setup_cuda", path)
+    Returns:
+        The module, or None where this source tree has no such part.
+    """
+    path = Path(__file__).parent / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path) if path.exists() else None
     if spec is None or spec.loader is None:
-        return []
+        return None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return list(module.extensions())
+    return module
 
 
-class BuildExtensions(build_ext):
-    """Compiles the files of an extension side by side, each with the flags of its instruction set."""
-
-    def build_extension(self, ext: Extension) -> None:
-        """Build one extension.
-
-        Args:
-            ext: the extension.
-        """
-        if ext.name != "gradshield_fast._native":
-            super().build_extension(ext)
-            return
-        compiler: Any = self.compiler
-        one_by_one = compiler.compile
-
-        def side_by_side(sources: list[str], **options: Any) -> list[str]:
-            flags = options.pop("extra_postargs", None) or []
-
-            def compile_one(source: str) -> list[str]:
-                own = ISA_FLAGS.get(Path(source).as_posix(), [])
-                return one_by_one([source], extra_postargs=[*flags, *own], **options)
-
-            with ThreadPoolExecutor(self.parallel or os.cpu_count() or 1) as workers:
-                return [made for part in workers.map(compile_one, sources) for made in part]
-
-        compiler.compile = side_by_side
-        try:
-            super().build_extension(ext)
-        finally:
-            compiler.compile = one_by_one
-
-
-setup(ext_modules=[*native(), *cuda()], cmdclass={"build_ext": BuildExtensions})
+native, cuda = load("setup_native"), load("setup_cuda")
+setup(
+    ext_modules=[extension for part in (native, cuda) if part is not None for extension in part.extensions()],
+    cmdclass={"build_ext": native.BuildExtensions} if native is not None else {},
+)

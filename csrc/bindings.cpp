@@ -78,12 +78,12 @@ void ghost_project(const Tensor& a, const Tensor& g, const Tensor& p_in, const T
                      static_cast<int64_t>(bounds.size()) - 1, pointer<float>(out), threads, isa_of(isa));
 }
 
-void ghost_inner(const std::array<Tensor, 2>& left, const std::array<Tensor, 2>& right, const Indices& bounds,
+void ghost_inner(const std::array<Tensor, 2>& left, const std::array<Tensor, 2>& right, const Indices& spans,
                  int64_t out, int threads, int isa) {
   const py::gil_scoped_release released;
   const gsf::Factor l[2] = {factor(left[0]), factor(left[1])}, r[2] = {factor(right[0]), factor(right[1])};
-  gsf::ghost_inner(l, r, left[0] == left[1] && right[0] == right[1], bounds.data(),
-                   static_cast<int64_t>(bounds.size()) - 1, pointer<float>(out), threads, isa_of(isa));
+  gsf::ghost_inner(l, r, left[0] == left[1] && right[0] == right[1], spans.data(),
+                   static_cast<int64_t>(spans.size()) / 2, pointer<float>(out), threads, isa_of(isa));
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -85,6 +86,17 @@ def cases(o: Options) -> Iterator[Case]:
         yield "embedding_dot", *rows, "embedding_dot", (a, a.float()), lambda m: m.embedding_dot(ids, a, table)
 
 
+class Limited(ModuleType):
+    """A native module whose kernels stay at or below an instruction set."""
+
+    def __init__(self, module: ModuleType, isa: int) -> None:
+        super().__init__(module.__name__)
+        self.module, self.isa = module, isa
+
+    def __getattr__(self, name: str) -> Callable[..., torch.Tensor]:
+        return partial(getattr(self.module, name), isa=self.isa)
+
+
 def timed(call: Callable[[], object]) -> float:
     """Seconds of one call."""
     begun = time.perf_counter()
@@ -103,9 +115,11 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--row", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--isa", choices=native.ISAS, default=native.ISAS[-1], help="run nothing above it")
     args = parser.parse_args()
+    limit = native.ISAS.index(args.isa)
     shapes = [tuple(map(int, s.split("x"))) for s in args.shapes] if args.shapes else SHAPES
-    print(f"{native.isa()}, torch {torch.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    print(f"{native.isa(limit)}, torch {torch.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     print(f"{'op':18} {'call':17} {'tokens':>6} {'d_in':>5} {'d_out':>5} {'dtype':9} {'thr':>3} ", end="")
     print(f"{'native us':>10} {'reference us':>12} {'ratio':>6} {'GB/s':>6}")
     for (d_in, d_out), tokens, dtype in itertools.product(shapes, args.tokens, args.dtypes):
@@ -113,6 +127,7 @@ def main() -> None:
         for op, fast, slow, name, moved, call in cases(options):
             if args.ops and op not in args.ops:
                 continue
+            fast = Limited(fast, limit)
             for threads in args.threads:
                 torch.set_num_threads(threads)
                 call(fast), call(slow)

@@ -22,6 +22,7 @@ constexpr int64_t kStep = 32;         // k that one tile covers
 constexpr int64_t kSteps = 16;        // steps between two additions to the total: no rounding chain is longer than 512
 constexpr int64_t kPair = 2 * kTile;  // tokens that are multiplied together
 constexpr int64_t kTileHalves = 512;
+constexpr int64_t kRow = kSteps * kStep + 32;  // of the copy of x: not a multiple of 4 KB for any number of rows
 constexpr int64_t kMarks = 64;
 
 struct alignas(64) TileConfig {
@@ -134,64 +135,58 @@ inline bool split(const Matrix& b, int64_t panel, int64_t panel_end, int splits,
   return true;
 }
 
-// Whether `rows` rows of n bfloat16 numbers hold a subnormal, or a magnitude of 2^64 or more (infinities, NaNs).
-inline bool has_special(const char* p, int64_t row_bytes, int64_t rows, int64_t n) {
+// Copies `rows` rows of n bfloat16 numbers to `to` [32][kRow], zeros where there are none. False where one of them is
+// subnormal, or 2^64 or more in magnitude (infinities, NaNs).
+//
+// The copy costs a store for each load that the test needs anyway. It gives the tiles whole rows on cache lines'
+// bounds, and a row length that spreads over the sets of L1: rows of 2048 numbers would all lie in one.
+inline bool copy_ordinary(const char* from, int64_t row_bytes, int64_t rows, int64_t n, uint16_t* to) {
   const __m512i magnitude = _mm512_set1_epi16(0x7fff), one = _mm512_set1_epi16(1);
   __m512i largest = _mm512_setzero_si512(), smallest = _mm512_set1_epi16(-1);
-  for (int64_t r = 0; r < rows; ++r) {
-    const char* row = p + r * row_bytes;
-    for (int64_t k = 0; k < n; k += 32) {
-      const __mmask32 here = n - k >= 32 ? 0xffffffffu : (1u << (n - k)) - 1;
-      const __m512i bits = _mm512_and_si512(_mm512_maskz_loadu_epi16(here, row + 2 * k), magnitude);
-      largest = _mm512_max_epu16(largest, bits);
-      smallest = _mm512_min_epu16(smallest, _mm512_sub_epi16(bits, one));  // a zero becomes the largest number
+  for (int64_t r = 0; r < kPair; ++r)
+    for (int64_t k = 0; k < n; k += kStep) {
+      const __mmask32 here = r >= rows ? 0 : n - k >= kStep ? 0xffffffffu : (1u << (n - k)) - 1;
+      const __m512i bits = _mm512_maskz_loadu_epi16(here, from + r * row_bytes + 2 * k);
+      const __m512i size = _mm512_and_si512(bits, magnitude);
+      largest = _mm512_max_epu16(largest, size);
+      smallest = _mm512_min_epu16(smallest, _mm512_sub_epi16(size, one));  // a zero becomes the largest number
+      _mm512_store_si512(to + r * kRow + k, bits);
     }
-  }
-  return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16((64 + 127) << 7)) != 0 ||
-         _mm512_cmplt_epu16_mask(smallest, _mm512_set1_epi16(0x7f)) != 0;
+  return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16((64 + 127) << 7)) == 0 &&
+         _mm512_cmplt_epu16_mask(smallest, _mm512_set1_epi16(0x7f)) == 0;
 }
 
-// 32 tokens at x (rows of them there) times one panel, over `steps` steps of k whose last may be short.
-struct TileBlock {
-  const char* x;
-  int64_t row_bytes, rows, k_left;
-  const uint16_t* b;
-  int64_t part_size;
-  int splits;
-  const char* next;  // what the next block reads, [next_rows][next_left]; null: nothing to fetch ahead
-  int64_t next_rows, next_left;
+// The lines that the next call of copy_ordinary reads, fetched while the tiles work.
+struct Ahead {
+  const char* from;  // null: none
+  int64_t row_bytes, rows, n;
+
+  void fetch(int64_t step) const {
+    if (from == nullptr || step * kStep >= n) return;
+    for (int64_t r = 0; r < rows; ++r) _mm_prefetch(from + r * row_bytes + step * 64, _MM_HINT_T0);
+  }
 };
 
-inline void tiles(const TileBlock& t, int64_t steps, float* acc, uint16_t* padded) {
+// acc[0..1] = 32 tokens times the first part of a panel, acc[2..3] = times the others, over `steps` steps of k.
+inline void tiles(const uint16_t* x, const uint16_t* b, int64_t part_size, int splits, int64_t steps,
+                  const Ahead& ahead, float* acc) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t s = 0; s < steps; ++s) {
-    const char* from = t.x + s * 64;
-    int64_t stride = t.row_bytes;
-    const int64_t width = least(kStep, t.k_left - s * kStep);
-    if (t.next != nullptr && s * kStep < t.next_left)
-      for (int64_t r = 0; r < t.next_rows; ++r) _mm_prefetch(t.next + r * t.row_bytes + s * 64, _MM_HINT_T0);
-    if (t.rows < kPair || width < kStep) {
-      const __mmask32 here = width >= 32 ? 0xffffffffu : (1u << width) - 1;
-      for (int64_t r = 0; r < kPair; ++r)
-        _mm512_storeu_si512(padded + r * kStep,
-                            r < t.rows ? _mm512_maskz_loadu_epi16(here, from + r * stride) : _mm512_setzero_si512());
-      from = reinterpret_cast<const char*>(padded);
-      stride = 64;
-    }
-    const uint16_t* b = t.b + s * kTileHalves;
-    _tile_loadd(4, from, stride);
-    _tile_loadd(6, b, 64);
+    ahead.fetch(s);
+    const uint16_t *left = x + s * kStep, *right = b + s * kTileHalves;
+    _tile_loadd(4, left, 2 * kRow);
+    _tile_loadd(6, right, 64);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, from + kTile * stride, stride);
+    _tile_loadd(5, left + kTile * kRow, 2 * kRow);
     _tile_dpbf16ps(1, 5, 6);
-    if (t.splits == 3) {
-      _tile_loadd(7, b + t.part_size, 64);
+    if (splits == 3) {
+      _tile_loadd(7, right + part_size, 64);
       _tile_dpbf16ps(2, 4, 7);
       _tile_dpbf16ps(3, 5, 7);
-      _tile_loadd(6, b + 2 * t.part_size, 64);
+      _tile_loadd(6, right + 2 * part_size, 64);
       _tile_dpbf16ps(2, 4, 6);
       _tile_dpbf16ps(3, 5, 6);
     }
@@ -202,12 +197,24 @@ inline void tiles(const TileBlock& t, int64_t steps, float* acc, uint16_t* padde
   _tile_stored(3, acc + 768, 64);
 }
 
+// out = or += unscale (acc of the first part + acc of the others), for one panel.
+inline void add_tiles(const float* acc, const float* unscale, int64_t rows, bool first, float* out, int64_t ld) {
+  const __m512 by = _mm512_loadu_ps(unscale);
+  for (int64_t r = 0; r < rows; ++r) {
+    const __m512 both = _mm512_add_ps(_mm512_load_ps(acc + 16 * r), _mm512_load_ps(acc + 512 + 16 * r));
+    const __m512 sum = _mm512_mul_ps(both, by);
+    float* to = out + r * ld;
+    _mm512_storeu_ps(to, first ? sum : _mm512_add_ps(_mm512_loadu_ps(to), sum));
+  }
+}
+
 inline void product_tiles(const Matrix& x, const Packed& b, int64_t first, int64_t last, int64_t panel,
                           int64_t panel_end, float* out, int64_t ld, float* scratch) {
   const int64_t depth = x.cols, steps = ceil_div(depth, kStep), row_bytes = 2 * x.row_stride;
   const int64_t stride = ceil_div(steps, ceil_div(steps, kSteps));  // blocks of equal length, at most kSteps
   float* acc = scratch;                                             // [4][16][16]
-  uint16_t* padded = reinterpret_cast<uint16_t*>(scratch + 1024);   // [32][32]
+  uint16_t* copy = reinterpret_cast<uint16_t*>(scratch + 1024);     // [32][kRow]
+  static_assert(1024 + kPair * kRow / 2 <= kScratchFloats, "the scratch holds both");
   bool special[kMarks] = {};
   {
     const Tiles configured;
@@ -215,29 +222,19 @@ inline void product_tiles(const Matrix& x, const Packed& b, int64_t first, int64
       for (int64_t t = first; t < last; t += kPair) {
         bool& marked = special[(t - first) / kPair];
         if (marked) continue;
-        const int64_t k = s * kStep, k_left = depth - k, rows = least(kPair, last - t);
-        TileBlock block{x.at(t, k), row_bytes, rows, k_left, nullptr, steps * kTileHalves, b.splits, nullptr, 0, 0};
-        marked = has_special(block.x, row_bytes, rows, least(k_left, stride * kStep));
+        const int64_t k = s * kStep, n = least(depth - k, stride * kStep), rows = least(kPair, last - t);
+        marked = !copy_ordinary(x.at(t, k), row_bytes, rows, n, copy);
         if (marked) continue;
-        const bool deeper = s + stride < steps && t + kPair >= last;  // the loop over tokens starts again
-        const int64_t next_t = deeper ? first : t + kPair, next_k = deeper ? k + stride * kStep : k;
-        if (next_t < x.rows) {
-          const int64_t wrapped = next_t >= last && s + stride >= steps ? 0 : next_k;
-          block.next = x.at(next_t, wrapped);
-          block.next_rows = least(kPair, x.rows - next_t);
-          block.next_left = depth - wrapped;
-        }
+        // next come the tokens after these; after the last of them the first again, deeper; at the end, other tokens
+        const bool wraps = t + kPair >= last, deeper = wraps && s + stride < steps;
+        const int64_t next_t = deeper ? first : t + kPair, next_k = deeper ? k + n : wraps ? 0 : k;
+        Ahead ahead{nullptr, row_bytes, least(kPair, x.rows - next_t), depth - next_k};
+        if (next_t < x.rows) ahead.from = x.at(next_t, next_k);
         for (int64_t j = panel; j < panel_end; ++j) {
-          block.b = b.split + (j * b.splits * steps + s) * kTileHalves;
-          tiles(block, least(stride, steps - s), acc, padded);
-          block.next = nullptr;
-          const __m512 unscale = _mm512_loadu_ps(b.unscale + j * kPanel);
-          for (int64_t r = 0; r < rows; ++r) {
-            float* to = out + (t - first + r) * ld + (j - panel) * kPanel;
-            const __m512 sum = _mm512_mul_ps(
-                _mm512_add_ps(_mm512_loadu_ps(acc + 16 * r), _mm512_loadu_ps(acc + 512 + 16 * r)), unscale);
-            _mm512_storeu_ps(to, s == 0 ? sum : _mm512_add_ps(_mm512_loadu_ps(to), sum));
-          }
+          const uint16_t* right = b.split + (j * b.splits * steps + s) * kTileHalves;
+          tiles(copy, right, steps * kTileHalves, b.splits, least(stride, steps - s), ahead, acc);
+          add_tiles(acc, b.unscale + j * kPanel, rows, s == 0, out + (t - first) * ld + (j - panel) * kPanel, ld);
+          ahead.from = nullptr;
         }
       }
   }

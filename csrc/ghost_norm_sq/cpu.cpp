@@ -95,18 +95,18 @@ float example(const Kernels& run, const Factor (&left)[2], const Factor (&right)
 
 }  // namespace
 
-void ghost_inner(const Factor (&left)[2], const Factor (&right)[2], bool same, const int64_t* bounds, int64_t examples,
+void ghost_inner(const Factor (&left)[2], const Factor (&right)[2], bool same, const int64_t* spans, int64_t examples,
                  float* out, int threads, Isa isa) {
   const Kernels& run = kernels(isa);
   int64_t work = 0, width = 0;
+  const auto length = [spans](int64_t n) { return spans[2 * n + 1] - spans[2 * n]; };
   for (const Factor* factor : {&left[0], &right[0]}) width += factor->ids == nullptr ? factor->matrix.cols : 16;
-  for (int64_t n = 0; n < examples; ++n) work += (bounds[n + 1] - bounds[n]) * (bounds[n + 1] - bounds[n]) * width;
+  for (int64_t n = 0; n < examples; ++n) work += length(n) * length(n) * width;
   threads = useful_threads(threads, work);
   // Many examples are shared out whole; of a few, each is shared out by tokens. Either way a token's sum is the same.
   const bool whole = examples >= 4 * threads;
-  parallel(whole ? threads : 1, examples, [&](int64_t n) {
-    out[n] = example(run, left, right, same, bounds[n], bounds[n + 1] - bounds[n], whole ? 1 : threads);
-  });
+  parallel(whole ? threads : 1, examples,
+           [&](int64_t n) { out[n] = example(run, left, right, same, spans[2 * n], length(n), whole ? 1 : threads); });
 }
 
 }  // namespace gsf

@@ -47,6 +47,20 @@ def isa(limit: int = BEST) -> str | None:
 
 
 @cache
+def at_least(name: str) -> bool:
+    """Say whether an instruction set, or a more capable one, runs here.
+
+    Args:
+        name: one of `ISAS`.
+
+    Returns:
+        Whether it does.
+    """
+    best = isa()
+    return best is not None and ISAS.index(best) >= ISAS.index(name)
+
+
+@cache
 def cuda_room(room: str) -> ModuleType | None:
     """Find the CUDA kernels of a room.
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 import torch
+from _pytest.mark import ParameterSet
+
+from gradshield_fast.errors import BackendUnavailable
+from gradshield_fast.ops import available, dispatch
 
 EPS_FP32 = torch.finfo(torch.float32).eps
 BOUND = 8 * EPS_FP32
@@ -54,3 +59,16 @@ def per_example(
 def stack(values: list[torch.Tensor], *tail: int) -> torch.Tensor:
     """Stack results of examples; an empty batch keeps its shape."""
     return torch.stack(values) if values else torch.zeros(0, *tail, dtype=torch.float64)
+
+
+def backends(op: str) -> list[ParameterSet]:
+    """The backends of an op as parameters; one that cannot run here is skipped, with its reason."""
+    out = []
+    for name in available()[op]:
+        try:
+            dispatch.pick(op, name, torch.zeros(1, 1))
+        except BackendUnavailable as error:
+            out.append(pytest.param(name, marks=pytest.mark.skip(reason=str(error))))
+        else:
+            out.append(pytest.param(name))
+    return out

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from gradshield_fast.errors import InputError
-from gradshield_fast.ops import available, embedding_dot
-from tests.ops.cases import BOUND, DTYPES, LENGTHS, boundaries, per_example, stack, strided
+from gradshield_fast.ops import embedding_dot
+from tests.ops.cases import BOUND, DTYPES, LENGTHS, backends, boundaries, per_example, stack, strided
 
-BACKENDS = available()["embedding_dot"]
+BACKENDS = backends("embedding_dot")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

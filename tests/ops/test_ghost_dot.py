@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradshield_fast.errors import BackendUnavailable, InputError
-from gradshield_fast.ops import available, ghost_dot
-from tests.ops.cases import BOUND, DTYPES, LENGTHS, WIDTHS, packed, per_example, stack
+from gradshield_fast.ops import ghost_dot
+from tests.ops.cases import BOUND, DTYPES, LENGTHS, WIDTHS, backends, packed, per_example, stack
 
-BACKENDS = available()["ghost_dot"]
+BACKENDS = backends("ghost_dot")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

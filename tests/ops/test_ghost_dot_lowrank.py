@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from gradshield_fast.errors import InputError
-from gradshield_fast.ops import available, ghost_dot_lowrank
-from tests.ops.cases import BOUND, DTYPES, LENGTHS, WIDTHS, packed, per_example, stack
+from gradshield_fast.ops import ghost_dot_lowrank
+from tests.ops.cases import BOUND, DTYPES, LENGTHS, WIDTHS, backends, packed, per_example, stack
 
-BACKENDS = available()["ghost_dot_lowrank"]
+BACKENDS = backends("ghost_dot_lowrank")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

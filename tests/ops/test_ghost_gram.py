@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from gradshield_fast.errors import InputError
-from gradshield_fast.ops import available, ghost_gram, ghost_norm_sq
-from tests.ops.cases import BOUND, DTYPES, LENGTHS, WIDTHS, packed, per_example
+from gradshield_fast.ops import ghost_gram, ghost_norm_sq
+from tests.ops.cases import BOUND, DTYPES, LENGTHS, WIDTHS, backends, packed, per_example
 
-BACKENDS = available()["ghost_gram"]
+BACKENDS = backends("ghost_gram")
 
 
 def inner(left: list[torch.Tensor], right: list[torch.Tensor]) -> torch.Tensor:

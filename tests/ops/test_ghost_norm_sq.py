@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from gradshield_fast.errors import InputError
-from gradshield_fast.ops import available, ghost_inner, ghost_norm_sq
-from tests.ops.cases import BOUND, DTYPES, LENGTHS, boundaries, packed, per_example, stack
+from gradshield_fast.ops import ghost_inner, ghost_norm_sq
+from tests.ops.cases import BOUND, DTYPES, LENGTHS, backends, boundaries, packed, per_example, stack
 
-BACKENDS = available()["ghost_norm_sq"]
+BACKENDS = backends("ghost_norm_sq")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

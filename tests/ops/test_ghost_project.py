@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from gradshield_fast.errors import InputError
-from gradshield_fast.ops import available, ghost_dot_lowrank, ghost_project
-from tests.ops.cases import BOUND, DTYPES, LENGTHS, WIDTHS, packed, per_example, stack, strided
+from gradshield_fast.ops import ghost_dot_lowrank, ghost_project
+from tests.ops.cases import BOUND, DTYPES, LENGTHS, WIDTHS, backends, packed, per_example, stack, strided
 
-BACKENDS = available()["ghost_project"]
+BACKENDS = backends("ghost_project")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

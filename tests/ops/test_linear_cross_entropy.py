@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from gradshield_fast.errors import InputError
-from gradshield_fast.ops import available, linear_cross_entropy
-from tests.ops.cases import BOUND, DTYPES, strided
+from gradshield_fast.ops import linear_cross_entropy
+from tests.ops.cases import BOUND, DTYPES, backends, strided
 
-BACKENDS = available()["linear_cross_entropy"]
+BACKENDS = backends("linear_cross_entropy")
 
 
 class Case(NamedTuple):

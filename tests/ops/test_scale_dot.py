@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from gradshield_fast.errors import InputError
-from gradshield_fast.ops import available, scale_dot
-from tests.ops.cases import BOUND, DTYPES, LENGTHS, boundaries, stack, strided
+from gradshield_fast.ops import scale_dot
+from tests.ops.cases import BOUND, DTYPES, LENGTHS, backends, boundaries, stack, strided
 
-BACKENDS = available()["scale_dot"]
+BACKENDS = backends("scale_dot")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -30,6 +30,7 @@ def not_for_auto(*inputs: torch.Tensor) -> str | None:
     Returns:
         None, or the reason.
     """
+    # measured faster with every instruction set: python benchmarks/ops/native_vs_reference.py --ops embedding_dot
     return native.not_for_auto(ROOM, *inputs)[1]
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from gradshield_fast.ops import native
+from gradshield_fast.ops.ghost_norm_sq import reference
 
 ROOM = __package__ or ""
+
+AMX_GAIN = 4
+"""How many times faster bfloat16 tiles multiply tokens with tokens than torch multiplies G[n] in float32."""
 
 
 def why_not(*inputs: torch.Tensor) -> str | None:
@@ -30,7 +36,11 @@ def not_for_auto(*inputs: torch.Tensor) -> str | None:
     Returns:
         None, or the reason.
     """
-    return native.not_for_auto(ROOM, *inputs)[1]
+    here, reason = native.not_for_auto(ROOM, *inputs)
+    if not here:
+        return reason
+    # measured: python benchmarks/ops/native_vs_reference.py --ops ghost_norm_sq --threads 1 --isa {avx2,avx512,amx}
+    return None if native.at_least("avx512") else "not faster than torch's products with this instruction set"
 
 
 def ghost_inner(
@@ -59,16 +69,35 @@ def ghost_inner(
     """
     if (cuda := native.elsewhere(ROOM, "ghost_inner", right1)) is not None:
         return cuda(left1, right1, left2, right2, cu_seqlens)
-    out = torch.empty(cu_seqlens.numel() - 1)
+    bounds = list(pairwise(cu_seqlens.tolist()))
+    long = [n for n, (start, end) in enumerate(bounds) if _long(end - start, left1, right1, left2, right2)]
+    skipped = set(long)
+    out = torch.zeros(len(bounds))
     # ids that are converted must live until the call ends; one conversion of a tensor given twice keeps it one factor
     factors = {id(x): x if x.ndim == 2 else x.long().contiguous() for x in (left1, right1, left2, right2)}
     codes = {key: native.matrix(x) if x.ndim == 2 else native.id_vector(x) for key, x in factors.items()}
     native.extension.ghost_inner(
         (codes[id(left1)], codes[id(left2)]),
         (codes[id(right1)], codes[id(right2)]),
-        cu_seqlens.tolist(),
+        [x for n, span in enumerate(bounds) for x in ((0, 0) if n in skipped else span)],
         out.data_ptr(),
         native.threads(threads),
         isa,
     )
+    for n in long:
+        start, end = bounds[n]
+        parts = {key: x[start:end] for key, x in factors.items()}
+        row = [parts[id(x)] for x in (left1, right1, left2, right2)]
+        out[n] = reference.ghost_inner(*row, torch.tensor([0, end - start]))[0]
     return out
+
+
+def _long(tokens: int, left1: torch.Tensor, right1: torch.Tensor, left2: torch.Tensor, right2: torch.Tensor) -> bool:
+    """Say whether G[n] itself, by torch's matrix product, is the cheaper way for an example of so many tokens."""
+    if any(x.ndim == 1 for x in (left1, right1, left2, right2)):
+        return False
+    rows, cols = left1.shape[1], right1.shape[1]
+    gain = 2 if left1 is left2 and right1 is right2 else 1  # each pair of tokens once
+    if native.at_least("amx") and left1.dtype == right1.dtype == torch.bfloat16:
+        gain *= AMX_GAIN
+    return tokens * (rows + cols) > gain * rows * cols
