@@ -118,11 +118,13 @@ def main() -> None:
     parser.add_argument("--isa", choices=native.ISAS, default=native.ISAS[-1], help="run nothing above it")
     args = parser.parse_args()
     limit = native.ISAS.index(args.isa)
-    shapes = [tuple(map(int, s.split("x"))) for s in args.shapes] if args.shapes else SHAPES
+    shapes = [(int(i), int(o)) for i, _, o in (s.partition("x") for s in args.shapes or [])] or SHAPES
     print(f"{native.isa(limit)}, torch {torch.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     print(f"{'op':18} {'call':17} {'tokens':>6} {'d_in':>5} {'d_out':>5} {'dtype':9} {'thr':>3} ", end="")
     print(f"{'native us':>10} {'reference us':>12} {'ratio':>6} {'GB/s':>6}")
-    for (d_in, d_out), tokens, dtype in itertools.product(shapes, args.tokens, args.dtypes):
+    settings: list[tuple[tuple[int, int], tuple[int, str]]]
+    settings = list(itertools.product(shapes, itertools.product(args.tokens, args.dtypes)))
+    for (d_in, d_out), (tokens, dtype) in settings:
         options = Options(tokens, d_in, d_out, args.rank, args.row, getattr(torch, dtype))
         for op, fast, slow, name, moved, call in cases(options):
             if args.ops and op not in args.ops:
@@ -130,7 +132,7 @@ def main() -> None:
             fast = Limited(fast, limit)
             for threads in args.threads:
                 torch.set_num_threads(threads)
-                call(fast), call(slow)
+                timed(lambda: (call(fast), call(slow)))  # noqa: B023
                 pairs = [(timed(lambda: call(fast)), timed(lambda: call(slow))) for _ in range(args.repeats)]  # noqa: B023
                 mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
                 ratio = statistics.median(y / x for x, y in pairs)

@@ -87,8 +87,8 @@ def ghost_inner(
     for n in long:
         start, end = bounds[n]
         parts = {key: x[start:end] for key, x in factors.items()}
-        row = [parts[id(x)] for x in (left1, right1, left2, right2)]
-        out[n] = reference.ghost_inner(*row, torch.tensor([0, end - start]))[0]
+        l1, r1, l2, r2 = (parts[id(x)] for x in (left1, right1, left2, right2))
+        out[n] = reference.ghost_inner(l1, r1, l2, r2, torch.tensor([0, end - start]))[0]
     return out
 
 
