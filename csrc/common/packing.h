@@ -6,8 +6,8 @@
 
 namespace gsf {
 
-// Whether a product with x as its left factor is worth the matrix unit's form of B: bfloat16 rows, enough of them.
-bool wants_split(const Kernels& run, const Matrix& x);
+// Whether the product of x with a matrix of `cols` columns is worth the matrix unit's form of both.
+bool wants_split(const Kernels& run, const Matrix& x, int64_t cols);
 
 // B [depth, cols] in `store`, which must outlive the result. With `try_split` in the matrix unit's form where that is
 // exact, else as float32 panels.

@@ -14,7 +14,7 @@ void ghost_dot(const Matrix& a, const Matrix& g, const Matrix& r, int64_t direct
   static thread_local Buffer store;
   const Kernels& run = kernels(isa);
   for (int64_t i = 0; i < a.rows * directions; ++i) u[i] = 0.0f;
-  const bool split = wants_split(run, a);
+  const bool split = wants_split(run, a, r.rows);
   const int64_t rows = split ? (a.rows >= 1024 ? 256 : 64) : 8 * run.row_block, ld = kGroup * kPanel;
   for (int64_t k = 0; k < directions; ++k)
     for (int64_t column = 0; column < r.rows; column += ld) {

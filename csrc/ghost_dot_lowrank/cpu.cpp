@@ -20,7 +20,7 @@ Buffer& packed_store() {
 
 void lowrank_project(const Matrix& a, const Matrix& q, float* z, int64_t ld, bool padded, int threads, Isa isa) {
   const Kernels& run = kernels(isa);
-  const Packed b = pack(run, q, wants_split(run, a), threads, packed_store());
+  const Packed b = pack(run, q, wants_split(run, a, q.cols), threads, packed_store());
   const int64_t panels = ceil_div(q.cols, kPanel), rows = task_rows(run, b, a.rows);
   const bool direct = padded || q.cols % kPanel == 0;
   parallel(useful_threads(threads, a.rows * a.cols * panels * kPanel), ceil_div(a.rows, rows), [&](int64_t task) {
@@ -40,7 +40,7 @@ void lowrank_project(const Matrix& a, const Matrix& q, float* z, int64_t ld, boo
 void lowrank_contract(const Matrix& z, const Matrix& g, const Matrix& p, const float* member, int64_t directions,
                       float* u, int threads, Isa isa) {
   const Kernels& run = kernels(isa);
-  const Packed b = pack(run, p, wants_split(run, g), threads, packed_store());
+  const Packed b = pack(run, p, wants_split(run, g, p.cols), threads, packed_store());
   const int64_t panels = ceil_div(p.cols, kPanel), rows = task_rows(run, b, g.rows), ld = panels * kPanel;
   parallel(useful_threads(threads, g.rows * g.cols * ld), ceil_div(g.rows, rows), [&](int64_t task) {
     const int64_t first = task * rows, last = least(first + rows, g.rows);

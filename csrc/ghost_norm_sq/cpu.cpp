@@ -33,7 +33,7 @@ Side side(const Kernels& run, const Factor (&pair)[2], int64_t start, int64_t to
     }
   }
   if (out.x.ids == nullptr && out.y.ids == nullptr)
-    out.packed = pack(run, out.y.matrix.transposed(), wants_split(run, out.x.matrix), threads, store);
+    out.packed = pack(run, out.y.matrix.transposed(), wants_split(run, out.x.matrix, tokens), threads, store);
   return out;
 }
 
