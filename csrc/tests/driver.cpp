@@ -143,7 +143,8 @@ void examples(Isa isa, int64_t tokens, int64_t d_in, int64_t d_out, DType dtype,
 }  // namespace
 
 int main() {
-  const int64_t shapes[][3] = {{1, 1, 1}, {0, 5, 3}, {3, 33, 17}, {49, 64, 16}, {70, 129, 40}, {130, 545, 7}};
+  const int64_t shapes[][3] = {{1, 1, 1},     {0, 5, 3},     {3, 33, 17},   {49, 64, 16},
+                               {70, 129, 40}, {130, 545, 7}, {51, 210, 131}};
   for (int limit = 0; limit <= static_cast<int>(gsf::best_isa()); ++limit) {
     const Isa isa = static_cast<Isa>(limit);
     for (const auto& s : shapes)

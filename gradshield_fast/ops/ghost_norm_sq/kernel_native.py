@@ -11,8 +11,8 @@ from gradshield_fast.ops.ghost_norm_sq import reference
 
 ROOM = __package__ or ""
 
-AMX_GAIN = 4
-"""How many times faster bfloat16 tiles multiply tokens with tokens than torch multiplies G[n] in float32."""
+BFLOAT16_GAIN, FLOAT32_GAIN = 5, 1.5
+"""How many times faster each pair of tokens is multiplied once than torch multiplies as many numbers for G[n]."""
 
 
 def why_not(*inputs: torch.Tensor) -> str | None:
@@ -97,7 +97,8 @@ def _long(tokens: int, left1: torch.Tensor, right1: torch.Tensor, left2: torch.T
     if any(x.ndim == 1 for x in (left1, right1, left2, right2)):
         return False
     rows, cols = left1.shape[1], right1.shape[1]
-    gain = 2 if left1 is left2 and right1 is right2 else 1  # each pair of tokens once
-    if native.at_least("amx") and left1.dtype == right1.dtype == torch.bfloat16:
-        gain *= AMX_GAIN
+    narrow = native.at_least("amx") and left1.dtype == right1.dtype == torch.bfloat16
+    gain = BFLOAT16_GAIN if narrow else FLOAT32_GAIN
+    if left1 is not left2 or right1 is not right2:
+        gain /= 2
     return tokens * (rows + cols) > gain * rows * cols

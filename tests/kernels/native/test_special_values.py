@@ -14,6 +14,7 @@ from tests.ops.cases import BOUND
 pytestmark = needs_native
 
 TOKENS, WIDTH = 70, 200
+COLUMNS = [20, 130]  # enough columns for float32 rows to be cut into parts, too
 
 
 def project(a: torch.Tensor, q: torch.Tensor, isa: int) -> None:
@@ -25,20 +26,23 @@ def project(a: torch.Tensor, q: torch.Tensor, isa: int) -> None:
 
 @pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [1e-39, 1e-37, 1e-30, 1e-20, 1e20, 1e30])
-def test_a_row_of_any_magnitude(size: float, dtype: torch.dtype, isa: int) -> None:
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("size", [1e-39, 1e-37, 1e-30, 1e-20, 1e10, 1e20, 1e30])
+def test_a_row_of_any_magnitude(size: float, columns: int, dtype: torch.dtype, isa: int) -> None:
     torch.manual_seed(0)
-    a, q = torch.randn(TOKENS, WIDTH), torch.randn(WIDTH, 20)
+    a, q = torch.randn(TOKENS, WIDTH), torch.randn(WIDTH, columns)
     a[37] *= size
     a[3, 5] *= size
     project(a.to(dtype), q, isa)
 
 
 @pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-30, 1e-10, 1e10, 1e30])
-def test_directions_of_any_magnitude(size: float, isa: int) -> None:
+def test_directions_of_any_magnitude(size: float, columns: int, dtype: torch.dtype, isa: int) -> None:
     torch.manual_seed(0)
-    a, q = torch.randn(TOKENS, WIDTH).bfloat16(), torch.randn(WIDTH, 20)
+    a, q = torch.randn(TOKENS, WIDTH).to(dtype), torch.randn(WIDTH, columns)
     q[:, 3] *= size  # a whole column
     q[7, 5] *= size  # one number among others
     q[:, 6] = 0
@@ -46,9 +50,11 @@ def test_directions_of_any_magnitude(size: float, isa: int) -> None:
 
 
 @pytest.mark.parametrize("isa", isas())
-def test_gradients_near_the_smallest_number_keep_their_bits(isa: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_gradients_near_the_smallest_number_keep_their_bits(columns: int, dtype: torch.dtype, isa: int) -> None:
     torch.manual_seed(0)
-    a, q = (torch.randn(TOKENS, WIDTH) * 1e-37).bfloat16(), torch.randn(WIDTH, 20) * 1e20
+    a, q = (torch.randn(TOKENS, WIDTH) * 1e-37).to(dtype), torch.randn(WIDTH, columns) * 1e20
     assert bool(((a != 0) & (a.abs() < 1.17e-38)).any())
     project(a, q, isa)
 
@@ -56,15 +62,18 @@ def test_gradients_near_the_smallest_number_keep_their_bits(isa: int) -> None:
 @pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_infinities_and_nans_reach_their_own_token_only(dtype: torch.dtype, value: float, isa: int) -> None:
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_infinities_and_nans_reach_their_own_token_only(
+    columns: int, dtype: torch.dtype, value: float, isa: int
+) -> None:
     torch.manual_seed(0)
-    a, q = torch.randn(TOKENS, WIDTH).to(dtype), torch.ones(WIDTH, 3)  # 1 has no lower part: inf x 0 must not happen
+    a, q = torch.randn(TOKENS, WIDTH).to(dtype), torch.ones(WIDTH, columns)  # 1 has no lower part, and inf x 0 is NaN
     clean = lowrank_project(a, q, isa=isa)
     a[40, 150] = value
     out = lowrank_project(a, q, isa=isa)
     others = torch.arange(TOKENS) != 40
     assert ((out - clean)[others].abs() <= BOUND * (a.double().abs() @ q.double())[others]).all()
-    expected = torch.full((3,), value)
+    expected = torch.full((columns,), value)
     torch.testing.assert_close(out[40], expected, equal_nan=True)
 
 
