@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -76,12 +78,15 @@ class BuildExtensions(build_ext):
             return
         compiler: Any = self.compiler
         one_by_one = compiler.compile
+        known = {source: flags for source, flags in ISA_FLAGS.items() if source in ext.sources and self._takes(flags)}
+        ext.sources = [source for source in ext.sources if source in known or source not in ISA_FLAGS]
+        ext.define_macros = [(f"GSF_{Path(source).stem.upper()}", "1") for source in known]
 
         def side_by_side(sources: list[str], **options: Any) -> list[str]:
             flags = options.pop("extra_postargs", None) or []
 
             def compile_one(source: str) -> list[str]:
-                own = ISA_FLAGS.get(Path(source).as_posix(), [])
+                own = known.get(Path(source).as_posix(), [])
                 return one_by_one([source], extra_postargs=[*flags, *own], **options)
 
             with ThreadPoolExecutor(self.parallel or os.cpu_count() or 1) as workers:
@@ -92,3 +97,15 @@ class BuildExtensions(build_ext):
             super().build_extension(ext)
         finally:
             compiler.compile = one_by_one
+
+    def _takes(self, flags: list[str]) -> bool:
+        """Say whether the compiler knows an instruction set; an older one builds the others."""
+        compiler: Any = self.compiler
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "empty.cpp"
+            source.write_text("int main() { return 0; }\n", encoding="utf-8")
+            try:
+                compiler.compile([str(source)], output_dir=folder, extra_postargs=flags)
+            except CompileError:
+                return False
+        return True

@@ -82,11 +82,10 @@ def bench(
         return Timing(op, backend, 1e3 * statistics.median(times), size, flop)
 
     out = [timed("a @ weight.T", "torch", lambda: a @ weight.T, (a, weight), 2 * tokens * d_in * d_out)]
-    built = dispatch.available()
-    for name in built["ghost_dot"]:
+    for name in dispatch.able("ghost_dot", a, g, r[None]):
         call = partial(ghost_dot, a, g, r, rows, backend=name)
         out.append(timed("ghost_dot", name, call, (a, g, r), dense))
-    for name in built["ghost_dot_lowrank"]:
+    for name in dispatch.able("ghost_dot_lowrank", a, q):
         call = partial(ghost_dot_lowrank, a, g, p, q, rows, backend=name)
         out.append(timed(f"ghost_dot_lowrank {rank}", name, call, (a, g, p, q), low))
     return out

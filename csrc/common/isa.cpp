@@ -59,21 +59,19 @@ Isa best_isa() {
   return best;
 }
 
+// The build defines GSF_<NAME> for each instruction set that the compiler knows.
 const Kernels& kernels(Isa isa) {
-#if defined(__x86_64__)
-  switch (isa < best_isa() ? isa : best_isa()) {
-    case Isa::kAmx:
-      return kAmx;
-    case Isa::kAvx512:
-      return kAvx512;
-    case Isa::kAvx2:
-      return kAvx2;
-    case Isa::kPortable:
-      break;
-  }
-#else
-  (void)isa;
+  const Isa limit = isa < best_isa() ? isa : best_isa();
+#if defined(GSF_AMX)
+  if (limit >= Isa::kAmx) return kAmx;
 #endif
+#if defined(GSF_AVX512)
+  if (limit >= Isa::kAvx512) return kAvx512;
+#endif
+#if defined(GSF_AVX2)
+  if (limit >= Isa::kAvx2) return kAvx2;
+#endif
+  (void)limit;
   return kPortable;
 }
 

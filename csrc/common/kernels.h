@@ -55,10 +55,8 @@ struct Kernels {
 constexpr int64_t kScratchFloats = 16384;  // what `scratch` must hold
 
 extern const Kernels kPortable;
-#if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const Kernels kAmx;
-#endif
 
 }  // namespace gsf

@@ -8,7 +8,7 @@ namespace gsf {
 
 bool wants_split(const Kernels& run, const Matrix& x, int64_t cols) {
   constexpr int64_t kWorthSplitting = 48;  // rows; below, cutting B into parts costs more than its float32 product
-  constexpr int64_t kWorthCutting = 128;    // columns; below, cutting x into parts costs more than its float32 product
+  constexpr int64_t kWorthCutting = 128;   // columns; below, cutting x into parts costs more than its float32 product
   if (run.split == nullptr || x.col_stride != 1 || x.rows < kWorthSplitting) return false;
   return x.dtype == DType::kBFloat16 || cols >= kWorthCutting;
 }

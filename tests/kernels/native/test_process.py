@@ -77,9 +77,11 @@ def test_no_kernel_reads_or_writes_beyond_its_buffers(tmp_path: Path) -> None:
     spec.loader.exec_module(build)
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"]
 
+    macros = [f"-DGSF_{Path(source).stem.upper()}" for source in build.ISA_FLAGS if source in build.sources()]
+
     def compiled(source: str) -> str:
         made = str(tmp_path / (source.replace("/", "_") + ".o"))
-        flags = [*build.FLAGS, *build.ISA_FLAGS.get(source, []), "-O1", *sanitizers]
+        flags = [*build.FLAGS, *build.ISA_FLAGS.get(source, []), "-O1", *macros, *sanitizers]
         subprocess.run(["g++", *flags, "-Icsrc", "-c", source, "-o", made], cwd=ROOT, check=True, timeout=300)
         return made
 
