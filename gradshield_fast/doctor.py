@@ -15,6 +15,7 @@ from gradshield_fast.model_source import DEMO_MODEL, resolve
 if TYPE_CHECKING:
     import torch
 
+_COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "scikit-learn", "peft", "gguf", "triton")
 
@@ -68,7 +69,7 @@ def software() -> Facts:
         out.append(("demo model", "here"))
     except GradShieldError as error:
         out.append(("demo model", str(error)))
-    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    compiler = next((path for name in _COMPILERS if (path := shutil.which(name))), None)
     out.append(("C++ compiler", compiler or "none: the native CPU kernels cannot be built"))
     out.append(("native CPU kernels", _native()))
     out.append(("nvcc", shutil.which("nvcc") or "none: the native CUDA kernels cannot be built"))
@@ -118,7 +119,10 @@ def _native() -> str:
 
     best = native.isa()
     if best is None:
-        return f"missing: {native.missing}. With a C++ compiler here: pip install --force-reinstall --no-deps ."
+        here = any(shutil.which(name) for name in _COMPILERS)
+        first = "" if here else "install g++ or clang++, then "
+        again = "pip install --force-reinstall --no-deps ., or make native, in the source folder"
+        return f"missing: {native.missing}; {first}{again}"
     unused = {"portable": "AVX2", "avx2": "AVX-512", "avx512": "AMX"}.get(best)
     return f"built, {best} runs" + (f" (neither {unused} nor above on this machine)" if unused else "")
 

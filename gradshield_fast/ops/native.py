@@ -18,7 +18,7 @@ except ImportError as error:
     extension = None
     missing = f"the native extension cannot be loaded ({error})"
     if importlib.util.find_spec("gradshield_fast._native") is None:
-        missing = "the native extension is not built (install with a C++ compiler: gradshield-fast doctor says more)"
+        missing = "the native extension is not built (an install with a C++ compiler builds it)"
 else:
     missing = ""
 
