@@ -51,15 +51,21 @@ struct Narrow {
   static bool copy(const Matrix& x, int64_t t, int64_t k, int64_t rows, int64_t n, uint16_t* to) {
     const __m512i magnitude = _mm512_set1_epi16(0x7fff), one = _mm512_set1_epi16(1);
     __m512i largest = _mm512_setzero_si512(), smallest = _mm512_set1_epi16(-1);
-    for (int64_t r = 0; r < kPair; ++r)
-      for (int64_t i = 0; i < n; i += kStep) {
-        const __mmask32 here = r >= rows ? 0 : n - i >= kStep ? 0xffffffffu : (1u << (n - i)) - 1;
-        const __m512i bits = _mm512_maskz_loadu_epi16(here, x.data + 2 * ((t + r) * x.row_stride + k + i));
-        const __m512i size = _mm512_and_si512(bits, magnitude);
-        largest = _mm512_max_epu16(largest, size);
-        smallest = _mm512_min_epu16(smallest, _mm512_sub_epi16(size, one));  // a zero becomes the largest number
-        _mm512_store_si512(to + r * kRow + i, bits);
-      }
+    const auto keep = [&](__m512i bits, uint16_t* at) {
+      const __m512i size = _mm512_and_si512(bits, magnitude);
+      largest = _mm512_max_epu16(largest, size);
+      smallest = _mm512_min_epu16(smallest, _mm512_sub_epi16(size, one));  // a zero becomes the largest number
+      _mm512_store_si512(at, bits);
+    };
+    const int64_t whole = n / kStep * kStep;
+    const __mmask32 rest = (1u << (n - whole)) - 1;
+    for (int64_t r = 0; r < rows; ++r) {
+      const char* from = x.data + 2 * ((t + r) * x.row_stride + k);
+      for (int64_t i = 0; i < whole; i += kStep) keep(_mm512_loadu_si512(from + 2 * i), to + r * kRow + i);
+      if (rest != 0) keep(_mm512_maskz_loadu_epi16(rest, from + 2 * whole), to + r * kRow + whole);
+    }
+    for (int64_t r = rows; r < kPair; ++r)
+      for (int64_t i = 0; i < n; i += kStep) _mm512_store_si512(to + r * kRow + i, _mm512_setzero_si512());
     return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16((kLimit + 127) << 7)) == 0 &&
            _mm512_cmplt_epu16_mask(smallest, _mm512_set1_epi16(0x7f)) == 0;
   }

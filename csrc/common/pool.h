@@ -9,7 +9,8 @@ namespace gsf {
 //
 // A task writes only what belongs to its i, so that neither order nor thread changes a bit. It may throw
 // std::bad_alloc, which is raised again here once all tasks have ended. Where the pool is at work for another caller,
-// and for a count of 1, the caller's thread does it alone. Safe after fork(): the child starts its own threads.
+// and for a count of 1, the caller's thread does it alone. A task itself asks for one thread only. Safe after fork():
+// the child starts its own threads.
 void parallel_for(int threads, int64_t count, void (*task)(void* context, int64_t i), void* context);
 
 // The same for a callable.

@@ -34,10 +34,10 @@ def not_for_auto(*inputs: torch.Tensor) -> str | None:
     if not here:
         return reason
     # measured: python benchmarks/ops/native_vs_reference.py --ops ghost_dot_lowrank --threads 1 --isa {avx2,avx512,amx}
-    x = inputs[0] if len(inputs) == 2 else inputs[1]
+    x, ranks = (inputs[0], inputs[1].shape[-1]) if len(inputs) == 2 else (inputs[1], inputs[0].shape[-1])
     if x.dtype == torch.float32:
         return "float32 is as fast by torch's product"
-    if native.at_least("avx512") or (native.at_least("avx2") and x.numel() >= 1 << 19):
+    if native.at_least("avx512") or (native.at_least("avx2") and x.numel() >= 1 << 19 and ranks <= 32):
         return None
     return "not faster than torch's product with this instruction set"
 
