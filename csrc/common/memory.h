@@ -30,7 +30,8 @@ class Buffer {
     return static_cast<T*>(data_);
   }
 
-  // Gives a large buffer back, so that one large call does not hold its memory for good.
+  // Gives a very large buffer back, so that one large call does not hold its memory for good. What an example of a
+  // language model's head needs is kept: taking its pages anew for every example was measured to cost half the time.
   void trim() {
     if (size_ <= kKept) return;
     std::free(data_);
@@ -39,7 +40,7 @@ class Buffer {
   }
 
  private:
-  static constexpr size_t kKept = 16 << 20;
+  static constexpr size_t kKept = 96 << 20;
   void* data_ = nullptr;
   size_t size_ = 0;
 };

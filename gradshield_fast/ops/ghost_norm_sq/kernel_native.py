@@ -11,6 +11,9 @@ from gradshield_fast.ops.ghost_norm_sq import reference
 
 ROOM = __package__ or ""
 
+WIDEST = 16384
+"""Columns of a float32 or float16 factor up to which packing it costs less than the pairs taken once save."""
+
 BFLOAT16_GAIN, FLOAT32_GAIN = 5, 1.5
 """How many times faster each pair of tokens is multiplied once than torch multiplies as many numbers for G[n]."""
 
@@ -40,7 +43,10 @@ def not_for_auto(*inputs: torch.Tensor) -> str | None:
     if not here:
         return reason
     # measured: python benchmarks/ops/native_vs_reference.py --ops ghost_norm_sq --threads 1 --isa {avx2,avx512,amx}
-    return None if native.at_least("avx512") else "not faster than torch's products with this instruction set"
+    if not native.at_least("avx512"):
+        return "not faster than torch's products with this instruction set"
+    wide = any(x.ndim == 2 and x.dtype != torch.bfloat16 and x.shape[1] > WIDEST for x in inputs)
+    return "torch's float32 product is as fast for rows so wide" if wide else None
 
 
 def ghost_inner(
