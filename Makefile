@@ -5,12 +5,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
-INPUTS := pyproject.toml setup.py constraints.txt
+INPUTS := pyproject.toml setup.py setup_native.py constraints.txt
 DEMO_STAMP := $(VENV)/.installed-demo
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench gpu docs clean
+.PHONY: help venv native demo test test-mutation lint format bench gpu docs clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -32,12 +32,20 @@ $(DEV_STAMP): $(DEMO_STAMP)
 
 venv: $(DEV_STAMP) ## make the virtual environment with everything in it
 
+# The install builds them too; this builds again after a change in csrc.
+native: $(DEV_STAMP) ## compile the C++ kernels in place
+	$(PIP) install --quiet -c constraints.txt setuptools pybind11
+	$(BIN)/python setup.py build_ext --inplace
+
 demo: $(DEMO_STAMP) ## score a bundled corpus with a real model, on the CPU
 	$(BIN)/gradshield-fast demo $(ARGS)
 
 # One thread: on tensors this small a second one waits more than it works. ARGS="-n 2" uses two processes.
 test: $(DEV_STAMP) ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+test-mutation: native ## break the kernels on purpose and see that the tests notice
+	$(BIN)/python tests/mutation/run.py $(ARGS)
 
 lint: $(DEV_STAMP) ## ruff, pyright and clang-format; changes nothing
 	$(BIN)/ruff check .

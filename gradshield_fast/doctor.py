@@ -7,10 +7,15 @@ import os
 import platform
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gradshield_fast.errors import BackendUnavailable, GradShieldError, InputError
 from gradshield_fast.model_source import DEMO_MODEL, resolve
 
+if TYPE_CHECKING:
+    import torch
+
+_COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "scikit-learn", "peft", "gguf", "triton")
 
@@ -64,8 +69,9 @@ def software() -> Facts:
         out.append(("demo model", "here"))
     except GradShieldError as error:
         out.append(("demo model", str(error)))
-    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    compiler = next((path for name in _COMPILERS if (path := shutil.which(name))), None)
     out.append(("C++ compiler", compiler or "none: the native CPU kernels cannot be built"))
+    out.append(("native CPU kernels", _native()))
     out.append(("nvcc", shutil.which("nvcc") or "none: the native CUDA kernels cannot be built"))
     return out
 
@@ -76,22 +82,49 @@ def op_backends() -> Facts:
     Returns:
         Names and values.
     """
+    import torch
+
     from gradshield_fast import ops  # noqa: F401 - fills the table of ops
     from gradshield_fast.ops import dispatch
 
+    probes = [torch.zeros(1, 1)]
+    if torch.cuda.is_available():
+        probes.append(torch.zeros(1, 1, device="cuda"))
     out: Facts = []
-    for op, built in dispatch.available().items():
-        reasons = []
+    for op in dispatch.available():
+        able, reasons = [], []
         for name in dispatch.KNOWN_BACKENDS:
-            if name in built:
-                continue
-            try:
-                dispatch.resolve(op, name)
-            except (BackendUnavailable, InputError) as error:
-                reason = str(error).split(";")[0].removeprefix(f"{op}: ").removeprefix(f"backend '{name}' is ")
-                reasons.append(f"{name}: {reason}")
-        out.append((op, "; ".join([", ".join(built), *reasons])))
+            why = [_why_not(op, name, probe) for probe in probes]
+            if None in why:
+                able.append(name)
+            else:
+                reasons.append(f"{name}: {why[-1]}")
+        out.append((op, "; ".join([", ".join(able), *reasons])))
     return out
+
+
+def _why_not(op: str, name: str, probe: torch.Tensor) -> str | None:
+    from gradshield_fast.ops import dispatch
+
+    try:
+        dispatch.pick(op, name, probe)
+    except (BackendUnavailable, InputError) as error:
+        text = str(error).removeprefix(f"{op}: ").removeprefix(f"backend '{name}' ").removeprefix("is ")
+        return text.removeprefix("cannot run these inputs: ").partition("; there is")[0]
+    return None
+
+
+def _native() -> str:
+    from gradshield_fast.ops import native
+
+    best = native.isa()
+    if best is None:
+        here = any(shutil.which(name) for name in _COMPILERS)
+        first = "" if here else "install g++ or clang++, then "
+        again = "pip install --force-reinstall --no-deps ., or make native, in the source folder"
+        return f"missing: {native.missing}; {first}{again}"
+    unused = {"portable": "AVX2", "avx2": "AVX-512", "avx512": "AMX"}.get(best)
+    return f"built, {best} runs" + (f" (neither {unused} nor above on this machine)" if unused else "")
 
 
 def _cpu_flags() -> set[str]:

@@ -8,11 +8,11 @@ import torch
 
 from gradshield_fast.errors import InputError
 from gradshield_fast.ops import checks, dispatch, library
-from gradshield_fast.ops.ghost_dot_lowrank import kernel_triton, reference
+from gradshield_fast.ops.ghost_dot_lowrank import kernel_native, kernel_triton, reference
 from gradshield_fast.ops.segments import segment_sum
 
 OP = "ghost_dot_lowrank"
-BACKENDS = dispatch.register(OP, {"triton": kernel_triton, "reference": reference})
+BACKENDS = dispatch.register(OP, {"native": kernel_native, "triton": kernel_triton, "reference": reference})
 
 
 def _run_project(a: torch.Tensor, q: torch.Tensor, backend: str) -> torch.Tensor:

@@ -1,0 +1,100 @@
+// gradshield_fast._native: the CPU kernels for Python. Tensors come as (address, rows, cols, row stride, column stride,
+// type code); the Python rooms have checked shapes, types and ids, and keep the tensors alive during the call.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/isa.h"
+#include "embedding_dot/cpu.h"
+#include "ghost_dot/cpu.h"
+#include "ghost_dot_lowrank/cpu.h"
+#include "ghost_norm_sq/cpu.h"
+#include "ghost_project/cpu.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Tensor = std::array<int64_t, 6>;
+using Indices = std::vector<int64_t>;
+
+template <typename T>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(static_cast<intptr_t>(address));
+}
+
+gsf::Matrix matrix(const Tensor& t) {
+  if (t[5] < 0 || t[5] > 2) throw std::invalid_argument("unknown type code");
+  return {pointer<const char>(t[0]), t[1], t[2], t[3], t[4], static_cast<gsf::DType>(t[5])};
+}
+
+// A negative number of columns marks ids.
+gsf::Factor factor(const Tensor& t) {
+  if (t[2] >= 0) return {matrix(t), nullptr};
+  return {{}, pointer<const int64_t>(t[0])};
+}
+
+gsf::Isa isa_of(int limit) {
+  return static_cast<gsf::Isa>(limit < 0 || limit > 3 ? 3 : limit);
+}
+
+std::string isa_name(int limit) {
+  return gsf::kernels(isa_of(limit)).name;
+}
+
+void lowrank_project(const Tensor& a, const Tensor& q, int64_t z, int threads, int isa) {
+  const py::gil_scoped_release released;
+  gsf::lowrank_project(matrix(a), matrix(q), pointer<float>(z), q[2], false, threads, isa_of(isa));
+}
+
+void lowrank_contract(const Tensor& z, const Tensor& g, const Tensor& p, int64_t member, int64_t directions, int64_t u,
+                      int threads, int isa) {
+  const py::gil_scoped_release released;
+  gsf::lowrank_contract(matrix(z), matrix(g), matrix(p), pointer<const float>(member), directions, pointer<float>(u),
+                        threads, isa_of(isa));
+}
+
+void ghost_dot(const Tensor& a, const Tensor& g, const Tensor& r, int64_t directions, int64_t r_step, int64_t u,
+               int threads, int isa) {
+  const py::gil_scoped_release released;
+  gsf::ghost_dot(matrix(a), matrix(g), matrix(r), directions, r_step, pointer<float>(u), threads, isa_of(isa));
+}
+
+void embedding_dot(int64_t ids, const Tensor& g, const Tensor& r, int64_t directions, int64_t r_step, int64_t u,
+                   int threads, int isa) {
+  const py::gil_scoped_release released;
+  gsf::embedding_dot(pointer<const int64_t>(ids), matrix(g), matrix(r), directions, r_step, pointer<float>(u), threads,
+                     isa_of(isa));
+}
+
+void ghost_project(const Tensor& a, const Tensor& g, const Tensor& p_in, const Tensor& p_out, const Indices& bounds,
+                   int64_t out, int threads, int isa) {
+  const py::gil_scoped_release released;
+  gsf::ghost_project(matrix(a), matrix(g), matrix(p_in), matrix(p_out), bounds.data(),
+                     static_cast<int64_t>(bounds.size()) - 1, pointer<float>(out), threads, isa_of(isa));
+}
+
+void ghost_inner(const std::array<Tensor, 2>& left, const std::array<Tensor, 2>& right, const Indices& spans,
+                 int64_t out, int threads, int isa) {
+  const py::gil_scoped_release released;
+  const gsf::Factor l[2] = {factor(left[0]), factor(left[1])}, r[2] = {factor(right[0]), factor(right[1])};
+  gsf::ghost_inner(l, r, left[0] == left[1] && right[0] == right[1], spans.data(),
+                   static_cast<int64_t>(spans.size()) / 2, pointer<float>(out), threads, isa_of(isa));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "The CPU kernels. Called by the rooms of gradshield_fast.ops, which check what comes in.";
+  m.def("isa", &isa_name, py::arg("limit") = 3, "The instruction set that runs, where none above `limit` may.");
+  m.def("lowrank_project", &lowrank_project);
+  m.def("lowrank_contract", &lowrank_contract);
+  m.def("ghost_dot", &ghost_dot);
+  m.def("embedding_dot", &embedding_dot);
+  m.def("ghost_project", &ghost_project);
+  m.def("ghost_inner", &ghost_inner);
+}

@@ -1,0 +1,13 @@
+// The kernels for any processor; see setup.py for this file's flags.
+#define GSF_ISA portable
+#include "common/product.h"
+#include "common/rows.h"
+
+namespace gsf {
+
+const Kernels kPortable = {
+    "portable",        portable::kRows,    portable::product, portable::pack,  nullptr,
+    portable::combine, portable::row_dots, portable::dot,     portable::outer,
+};
+
+}  // namespace gsf
