@@ -39,7 +39,10 @@ def _gram(
     x, y, o_t, o_u, m_t, m_u, width, stride_x_t, stride_x_i, stride_y_t, stride_y_i,
     KIND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_I: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """b[t, u] = x[t] . y[u]; with ids on one side a gather, on both a comparison."""
+    """b[t, u] = x[t] . y[u]; with ids on one side a gather, on both a comparison.
+
+    KIND is FLOATS, IDS, IDS_LEFT or IDS_RIGHT. An id outside the columns reads nothing and gives NaN.
+    """
     if KIND == 0:
         b = product(
             x + o_t * stride_x_t, y + o_u * stride_y_t, m_t, m_u, 0, width, width,

@@ -3,7 +3,7 @@
     python -m tests.kernels.triton.aot [--target sm_90] [--kernel project_kernel] [--first]
 
 A case is one kernel, one tiling and one set of input types. It holds where nothing spills, registers and shared memory
-stay inside the tiling's budget, and the matrix instructions of the target are there.
+stay inside the tiling's budget, the matrix instructions of the target are there, and asynchronous copies move 16 bytes.
 """
 
 from __future__ import annotations
@@ -103,6 +103,9 @@ def check(target: str, variant: Variant, tiling: Tiling) -> Report:
         faults.append(f"registers {registers} > {tiling.registers}")
     if variant.matrix and not any(word in text for word in wanted[: 1 if variant.matrix == "best" else 2]):
         faults.append(f"no {wanted[0]}")
+    copies = set(re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (\w+)", text))
+    if copies - {"0x10"}:
+        faults.append(f"asynchronous copies of {sorted(copies)} bytes, not all 16")
     case = f"{target} {variant.kernel.__name__} {variant.name} {dict(tiling.blocks)} w{tiling.warps} s{stages}"
     return Report(case, registers, spilled, shared, found, time.perf_counter() - begun, tuple(faults))
 
