@@ -14,6 +14,7 @@
 #include "ghost_dot_lowrank/cpu.h"
 #include "ghost_norm_sq/cpu.h"
 #include "ghost_project/cpu.h"
+#include "scale_dot/cpu.h"
 
 namespace py = pybind11;
 
@@ -71,6 +72,14 @@ void embedding_dot(int64_t ids, const Tensor& g, const Tensor& r, int64_t direct
                      isa_of(isa));
 }
 
+// A negative number of columns in place of x_hat: a bias.
+void scale_dot(const Tensor& x_hat, const Tensor& g, const Tensor& r, int64_t u, int threads, int isa) {
+  const py::gil_scoped_release released;
+  const bool bias = x_hat[2] < 0;
+  const gsf::Matrix x = bias ? gsf::Matrix{} : matrix(x_hat);
+  gsf::scale_dot(bias ? nullptr : &x, matrix(g), matrix(r), pointer<float>(u), threads, isa_of(isa));
+}
+
 void ghost_project(const Tensor& a, const Tensor& g, const Tensor& p_in, const Tensor& p_out, const Indices& bounds,
                    int64_t out, int threads, int isa) {
   const py::gil_scoped_release released;
@@ -95,6 +104,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("lowrank_contract", &lowrank_contract);
   m.def("ghost_dot", &ghost_dot);
   m.def("embedding_dot", &embedding_dot);
+  m.def("scale_dot", &scale_dot);
   m.def("ghost_project", &ghost_project);
   m.def("ghost_inner", &ghost_inner);
 }

@@ -47,6 +47,9 @@ struct Kernels {
   // x[row] . y[other] over all columns
   float (*dot)(const Matrix& x, int64_t row, const Matrix& y, int64_t other, float* scratch);
 
+  // u[k] = sum_c g[row, c] x[row, c] r[k, c] for every row k of r; x may be null, for x = 1
+  void (*scale_dots)(const Matrix* x, const Matrix& g, int64_t row, const Matrix& r, float* u, float* scratch);
+
   // out[i, j] = sum_{t < tokens} left[t, i] right[t, j] for i in [first, last); rows of `right` are padded to panels
   void (*outer)(const float* left, int64_t left_ld, const float* right, int64_t right_ld, int64_t tokens, int64_t first,
                 int64_t last, int64_t cols, float* out, int64_t out_ld);

@@ -44,6 +44,24 @@ inline float dot(const Matrix& x, int64_t row, const Matrix& y, int64_t other, f
   return row_dot(x.at(row, 0), x.col_stride, x.dtype, y.at(other, 0), y.col_stride, y.dtype, x.cols, scratch);
 }
 
+inline void scale_dots(const Matrix* x, const Matrix& g, int64_t row, const Matrix& r, float* u, float* scratch) {
+  float *scaled = scratch, *other = scratch + kChunk, *rest = scratch + 2 * kChunk;
+  for (int64_t k = 0; k < r.rows; ++k) u[k] = 0.0f;
+  for (int64_t c = 0; c < g.cols; c += kChunk) {
+    const int64_t width = least(kChunk, g.cols - c);
+    convert(scaled, g.at(row, c), width, g.col_stride, g.dtype);
+    if (x != nullptr) {
+      convert(other, x->at(row, c), width, x->col_stride, x->dtype);
+      int64_t i = 0;
+      for (; i + 16 <= width; i += 16) store(scaled + i, mul(load(scaled + i), load(other + i)));
+      for (; i < width; ++i) scaled[i] *= other[i];
+    }
+    const char* from = reinterpret_cast<const char*>(scaled);
+    for (int64_t k = 0; k < r.rows; ++k)
+      u[k] += row_dot(from, 1, DType::kFloat32, r.at(k, c), r.col_stride, r.dtype, width, rest);
+  }
+}
+
 inline void row_dots(const Matrix& z, int64_t column, int64_t width, const float* w, int64_t ld, int64_t first,
                      int64_t last, float* u, int64_t u_stride, float* scratch) {
   for (int64_t t = first; t < last; ++t)

@@ -6,8 +6,8 @@
 namespace gsf {
 
 const Kernels kPortable = {
-    "portable",        portable::kRows,    portable::product, portable::pack,  nullptr,
-    portable::combine, portable::row_dots, portable::dot,     portable::outer,
+    "portable",        portable::kRows,    portable::product, portable::pack,       nullptr,
+    portable::combine, portable::row_dots, portable::dot,     portable::scale_dots, portable::outer,
 };
 
 }  // namespace gsf

@@ -13,6 +13,7 @@
 #include "ghost_dot_lowrank/cpu.h"
 #include "ghost_norm_sq/cpu.h"
 #include "ghost_project/cpu.h"
+#include "scale_dot/cpu.h"
 
 namespace {
 
@@ -86,7 +87,9 @@ void lowrank(Isa isa, int64_t tokens, int64_t depth, int64_t ranks, DType dtype,
 void dense(Isa isa, int64_t tokens, int64_t depth, int64_t width, DType dtype, bool transposed, int threads) {
   const Random a(tokens, depth, 0, false, dtype), g(tokens, width, 2, false, dtype);
   const Random r(width, depth, 1, transposed, DType::kFloat32);
-  std::vector<float> u(tokens, NAN), e(tokens, NAN);
+  const Random x_hat(tokens, width, 1, transposed, dtype), w(2, width, 0, transposed, DType::kFloat32);
+  std::vector<float> u(tokens, NAN), e(tokens, NAN), scaled(2 * tokens, NAN);
+  gsf::scale_dot(&x_hat.matrix, g.matrix, w.matrix, scaled.data(), threads, isa);
   gsf::ghost_dot(a.matrix, g.matrix, r.matrix, 1, 0, u.data(), threads, isa);
   std::vector<int64_t> ids;
   for (int64_t t = 0; t < tokens; ++t) ids.push_back((7 * t) % width);
@@ -103,6 +106,12 @@ void dense(Isa isa, int64_t tokens, int64_t depth, int64_t width, DType dtype, b
     }
     check("ghost_dot", isa, u[t], truth, scale);
     check("embedding_dot", isa, e[t], looked_up, size);
+    double second = 0, terms = 0;
+    for (int64_t o = 0; o < width; ++o) {
+      second += g.at(t, o) * x_hat.at(t, o) * w.at(1, o);
+      terms += std::fabs(g.at(t, o) * x_hat.at(t, o) * w.at(1, o));
+    }
+    check("scale_dot", isa, scaled[2 * t + 1], second, terms);
   }
 }
 

@@ -6,11 +6,11 @@ import torch
 
 from gradshield_fast.errors import InputError
 from gradshield_fast.ops import checks, dispatch, library
-from gradshield_fast.ops.scale_dot import kernel_triton, reference
+from gradshield_fast.ops.scale_dot import kernel_native, kernel_triton, reference
 from gradshield_fast.ops.segments import segment_sum
 
 OP = "scale_dot"
-BACKENDS = dispatch.register(OP, {"triton": kernel_triton, "reference": reference})
+BACKENDS = dispatch.register(OP, {"native": kernel_native, "triton": kernel_triton, "reference": reference})
 
 
 def _run(x_hat: torch.Tensor | None, g: torch.Tensor, r: torch.Tensor, backend: str) -> torch.Tensor:

@@ -20,6 +20,8 @@ from gradshield_fast.ops.ghost_norm_sq import kernel_native as norm_native
 from gradshield_fast.ops.ghost_norm_sq import reference as norm_reference
 from gradshield_fast.ops.ghost_project import kernel_native as project_native
 from gradshield_fast.ops.ghost_project import reference as project_reference
+from gradshield_fast.ops.scale_dot import kernel_native as scale_native
+from gradshield_fast.ops.scale_dot import reference as scale_reference
 from tests.ops.cases import boundaries, strided
 
 needs_native = pytest.mark.skipif(native.extension is None, reason=native.missing)
@@ -39,7 +41,7 @@ class Call(NamedTuple):
     fast: ModuleType
     slow: ModuleType
     function: str
-    inputs: tuple[torch.Tensor, ...]
+    inputs: tuple[torch.Tensor | None, ...]
 
     def run(self, **options: int) -> torch.Tensor:
         """The native result."""
@@ -47,8 +49,8 @@ class Call(NamedTuple):
 
     def truth(self, change: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.double) -> torch.Tensor:
         """The reference in float64, on inputs that `change` makes so."""
-        changed = {id(x): change(x) if x.is_floating_point() else x for x in self.inputs}
-        return getattr(self.slow, self.function)(*(changed[id(x)] for x in self.inputs))
+        changed = {id(x): change(x) if x.is_floating_point() else x for x in self.inputs if x is not None}
+        return getattr(self.slow, self.function)(*(changed.get(id(x)) for x in self.inputs))
 
     def scale(self) -> torch.Tensor:
         """The same of the magnitudes: the sum that the bound is relative to."""
@@ -81,6 +83,8 @@ def calls(size: Size, dtype: torch.dtype, *, direction: torch.dtype = torch.floa
     low, dense = (lowrank_native, lowrank_reference), (dense_native, dense_reference)
     norm, rows = (norm_native, norm_reference), (embedding_native, embedding_reference)
     logits = strided(random, dtype, tokens, vocabulary)
+    scales = strided(random, direction, size.d_out, 3).T
+    scale = (scale_native, scale_reference, "scale_dot")
     return [
         Call(*low, "lowrank_project", (a, q)),
         Call(*low, "lowrank_project", (turned, q.T.contiguous().T)),
@@ -88,6 +92,8 @@ def calls(size: Size, dtype: torch.dtype, *, direction: torch.dtype = torch.floa
         Call(*dense, "ghost_dot", (a, g, r)),
         Call(*dense, "ghost_dot", (turned, g, r.transpose(1, 2).contiguous().transpose(1, 2))),
         Call(*rows, "embedding_dot", (ids, g, table)),
+        Call(*scale, (other, g, scales)),
+        Call(*scale, (None, g, scales)),
         Call(project_native, project_reference, "ghost_project", (a, g, q, p, cu)),
         Call(*norm, "ghost_inner", (g, a, g, a, cu)),
         Call(*norm, "ghost_inner", (g, a, other, turned, cu)),

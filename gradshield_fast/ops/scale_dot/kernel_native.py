@@ -1,0 +1,67 @@
+"""The scale's and the bias's ghost dot product in C++, on the CPU: one pass over both, no product stored."""
+
+from __future__ import annotations
+
+import torch
+
+from gradshield_fast.ops import native
+
+ROOM = __package__ or ""
+
+NO_SCALE: native.TensorCode = (0, 0, -1, 1, 1, 0)
+"""What the extension takes for a bias, in the place of x_hat."""
+
+
+def why_not(*inputs: torch.Tensor | None) -> str | None:
+    """Say why this backend cannot run.
+
+    Args:
+        inputs: x_hat or None, g and r.
+
+    Returns:
+        None, or the reason.
+    """
+    return native.why_not(ROOM, *(x for x in inputs if x is not None))
+
+
+def not_for_auto(*inputs: torch.Tensor | None) -> str | None:
+    """Say why `auto` should pass this backend by.
+
+    Args:
+        inputs: x_hat or None, g and r.
+
+    Returns:
+        None, or the reason.
+    """
+    return native.not_for_auto(ROOM, *(x for x in inputs if x is not None))[1]
+
+
+def scale_dot(
+    x_hat: torch.Tensor | None,
+    g: torch.Tensor,
+    r: torch.Tensor,
+    *,
+    threads: int | None = None,
+    isa: int = native.BEST,
+) -> torch.Tensor:
+    """Position terms u[t, k] = sum_i g[t, i] x_hat[t, i] r[k, i]; x_hat = 1 where it is None.
+
+    Args:
+        x_hat: Float[Tensor, "tokens d"] or None.
+        g: Float[Tensor, "tokens d"].
+        r: Float[Tensor, "directions d"].
+        threads: None: as many as torch uses.
+        isa: limit on the instruction set, a position in `native.ISAS`.
+
+    Returns:
+        Float32[Tensor, "tokens directions"].
+    """
+    if (cuda := native.elsewhere(ROOM, "scale_dot", g)) is not None:
+        return cuda(x_hat, g, r)
+    u = torch.empty(g.shape[0], r.shape[0])
+    if u.numel():
+        scale = NO_SCALE if x_hat is None else native.matrix(x_hat)
+        native.extension.scale_dot(
+            scale, native.matrix(g), native.matrix(r), u.data_ptr(), native.threads(threads), isa
+        )
+    return u
