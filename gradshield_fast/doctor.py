@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 from pathlib import Path
+
 from gradshield_fast.errors import BackendUnavailable, GradShieldError, InputError
 from gradshield_fast.model_source import DEMO_MODEL, resolve
 
