@@ -7,13 +7,9 @@ import os
 import platform
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gradshield_fast.errors import BackendUnavailable, GradShieldError, InputError
 from gradshield_fast.model_source import DEMO_MODEL, resolve
-
-if TYPE_CHECKING:
-    import torch
 
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")
@@ -87,14 +83,12 @@ def op_backends() -> Facts:
     from gradshield_fast import ops  # noqa: F401 - fills the table of ops
     from gradshield_fast.ops import dispatch
 
-    probes = [torch.zeros(1, 1)]
-    if torch.cuda.is_available():
-        probes.append(torch.zeros(1, 1, device="cuda"))
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     out: Facts = []
     for op in dispatch.available():
         able, reasons = [], []
         for name in dispatch.KNOWN_BACKENDS:
-            why = [_why_not(op, name, probe) for probe in probes]
+            why = [_why_not(op, name, device) for device in devices]
             if None in why:
                 able.append(name)
             else:
@@ -103,15 +97,26 @@ def op_backends() -> Facts:
     return out
 
 
-def _why_not(op: str, name: str, probe: torch.Tensor) -> str | None:
+def _why_not(op: str, name: str, device: str) -> str | None:
+    """Ask a backend about small float32 inputs, in the form that the op gives it."""
+    import torch
+
     from gradshield_fast.ops import dispatch
 
+    x = torch.zeros(16, 16, device=device)
+    forms = {
+        "embedding_dot": (x[0].long(), x, x[None]),
+        "ghost_dot": (x, x, x[None]),
+        "ghost_gram": (x, x, x, x),
+        "ghost_norm_sq": (x, x, x, x),
+        "ghost_project": (x, x, x, x),
+        "linear_cross_entropy": (x, x, None, None, None),
+        "scale_dot": (x, x, x),
+    }
     try:
-        dispatch.pick(op, name, probe)
+        return dispatch.why_not(op, name, *forms.get(op, (x, x)))
     except (BackendUnavailable, InputError) as error:
-        text = str(error).removeprefix(f"{op}: ").removeprefix(f"backend '{name}' ").removeprefix("is ")
-        return text.removeprefix("cannot run these inputs: ").partition("; there is")[0]
-    return None
+        return str(error).removeprefix(f"{op}: backend '{name}' is ").partition("; there is")[0]
 
 
 def _native() -> str:

@@ -123,19 +123,6 @@ def record() -> Iterator[dict[str, set[str]]]:
         _LISTENERS[:] = [other for other in _LISTENERS if other is not seen]
 
 
-def able(op: str, *inputs: Any) -> list[str]:
-    """Name the backends that can run `op` on `inputs`.
-
-    Args:
-        op: the op's name.
-        inputs: the op's tensors, which `why_not` looks at.
-
-    Returns:
-        Names, the most preferred first.
-    """
-    return [name for name, module in _ROOMS[op].items() if module.why_not(*inputs) is None]
-
-
 def _not_for_auto(module: ModuleType, *inputs: Any) -> str | None:
     return module.not_for_auto(*inputs) if hasattr(module, "not_for_auto") else None
 
