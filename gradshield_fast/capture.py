@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from gradshield_fast.errors import InputError, ScoringError, is_out_of_memory
+from gradshield_fast.errors import BackendUnavailable, InputError, ScoringError, is_out_of_memory
 from gradshield_fast.layers import Rule
 from gradshield_fast.tally import Tally
 from gradshield_fast.universal import Call, MethodFailed, UniversalRule, detached
@@ -149,7 +149,8 @@ def _failing_as(key: Key) -> Iterator[None]:
     try:
         yield
     except (InputError, RuntimeError) as error:
-        if isinstance(error, ScoringError) or is_out_of_memory(error):
+        # a named backend that cannot run is the user's to hear, not a reason to score by another rule
+        if isinstance(error, (ScoringError, BackendUnavailable)) or is_out_of_memory(error):
             raise
         raise MethodFailed(key, error) from error
 

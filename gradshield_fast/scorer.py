@@ -13,7 +13,7 @@ import torch
 from gradshield_fast.calibrate import Calibration
 from gradshield_fast.capture import Capture, capture, frozen
 from gradshield_fast.direction import Direction
-from gradshield_fast.errors import InputError, ScoringError
+from gradshield_fast.errors import BackendUnavailable, InputError, ScoringError
 from gradshield_fast.layers import Context
 from gradshield_fast.layout import RowAxisLost
 from gradshield_fast.losses import IGNORE, Call, PaddedBatch, accepts, eager_experts, padded_batch, row_losses
@@ -99,8 +99,6 @@ class Scorer:
             raise InputError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
         if hasattr(model, "_orig_mod"):
             raise InputError("the model is wrapped by torch.compile, which hides its modules; pass the model itself")
-        for op in (*OPS, "ghost_norm_sq") if norms else OPS:
-            dispatch.resolve(op, backend)
         self._ran: dict[str, set[str]] = {}
         direction.check(model)
         self.model, self.direction, self.backend = model, direction, backend
@@ -111,12 +109,23 @@ class Scorer:
         weight = getattr(embedding, "weight", None)
         self._device = weight.device if weight is not None else next(model.parameters()).device
         self._vocabulary = weight.shape[0] if weight is not None else None
+        self._check_backend()
         context = Context(direction.count, self._dtype, norms, backend)
         self._plan = Plan(model, direction, context)
         self._scope: ExitStack | None = None
         self._hooks: ExitStack | None = None
         self._capture: Capture | None = None
         self._calibrated = False
+
+    def _check_backend(self) -> None:
+        """Refuse a backend that is not there for this model's device and dtype, before anything runs."""
+        dispatch.check_name(self.backend)
+        if self.backend == "auto":
+            return
+        for op in (*OPS, "ghost_norm_sq") if self.norms else OPS:
+            reason = dispatch.why_not(op, self.backend, torch.zeros(1, 1, dtype=self._dtype, device=self._device))
+            if reason is not None:
+                raise BackendUnavailable(f"{op}: backend '{self.backend}' cannot score this model: {reason}")
 
     @property
     def backends(self) -> dict[str, str]:
