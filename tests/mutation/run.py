@@ -62,17 +62,20 @@ def copy_repository(target: Path) -> None:
             shutil.copy2(ROOT / name, target / name)
 
 
-def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], folder: Path, *, interpreted: bool = False) -> subprocess.CompletedProcess[str]:
     """Run a command in the copy.
 
     Args:
         command: what to run.
         folder: the copy.
+        interpreted: under Triton's interpreter.
 
     Returns:
         What it printed, and how it ended.
     """
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    if interpreted:
+        environment["TRITON_INTERPRET"] = "1"
     try:
         return subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
@@ -95,17 +98,20 @@ def build(folder: Path) -> str:
     return "" if done.returncode == 0 and list((folder / "gradshield_fast").glob("_native*.so")) else done.stderr[-300:]
 
 
-def tests(folder: Path, names: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+def tests(folder: Path, names: tuple[str, ...], *, interpreted: bool) -> subprocess.CompletedProcess[str]:
     """Run tests in the copy, to the first failure.
 
     Args:
         folder: the copy.
         names: files or node ids.
+        interpreted: under Triton's interpreter.
 
     Returns:
         What pytest printed.
     """
-    return run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *names], folder)
+    return run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *names], folder, interpreted=interpreted
+    )
 
 
 def attempt(mutation: Mutation, folder: Path) -> Outcome:
@@ -131,7 +137,7 @@ def attempt(mutation: Mutation, folder: Path) -> Outcome:
     try:
         if mutation.builds and (failure := build(folder)):
             return outcome("error", f"does not build: {failure}")
-        done = tests(folder, mutation.tests)
+        done = tests(folder, mutation.tests, interpreted=mutation.interpreted)
     finally:
         path.write_text(original, encoding="utf-8")
     if done.returncode == 0:
@@ -191,10 +197,12 @@ def main(argv: list[str] | None = None) -> int:
         if any(m.builds for m in chosen) and (failure := build(folder)):
             print(f"the unbroken extension does not build: {failure}")
             return 1
-        unbroken = tests(folder, tuple(sorted({name for m in chosen for name in m.tests})))
-        if unbroken.returncode != 0:
-            print(unbroken.stdout[-2000:], "\nthe unbroken kernels fail their tests; nothing was mutated")
-            return 1
+        for interpreted in sorted({m.interpreted for m in chosen}):
+            names = sorted({name for m in chosen if m.interpreted == interpreted for name in m.tests})
+            unbroken = tests(folder, tuple(names), interpreted=interpreted)
+            if unbroken.returncode != 0:
+                print(unbroken.stdout[-2000:], "\nthe unbroken kernels fail their tests; nothing was mutated")
+                return 1
         dirty = False
         for mutation in chosen:
             if dirty and not mutation.builds and (failure := build(folder)):
