@@ -10,10 +10,16 @@ import torch
 from gradshield_fast.errors import InputError
 from gradshield_fast.ops import checks, dispatch
 from gradshield_fast.ops.ghost_dot_lowrank.api import membership
-from gradshield_fast.ops.linear_cross_entropy import reference
+from gradshield_fast.ops.linear_cross_entropy import kernel_native, reference
 
 OP = "linear_cross_entropy"
-BACKENDS = dispatch.register(OP, {"reference": reference})
+BACKENDS = dispatch.register(
+    OP,
+    {
+        "native": kernel_native,
+        "reference": reference,
+    },
+)
 
 IGNORE = -100
 

@@ -1,0 +1,562 @@
+// One item of the fused head on AMX: a group of tokens against a chunk of the vocabulary, in one pass over the words.
+//
+// Maths    z[v, t] = W[v] . h[t],  P[v, t] = exp(z' - top[t]) (0 at the label),  acc[c, t] = sum_v P[v, t] s[v, t] W[v, c]
+// Tiles    products are [16 words, 16 tokens] and [16 columns, 16 tokens]: a lane is a token everywhere, so the maximum,
+//          the sums, the rescaling and P's way into the second product need no shuffle
+// Traffic  W is read once per group of tokens and repacked block by block into L2 (row tiles for z, transposed tiles for
+//          acc); acc of 32 tokens is read and written once per block; P lives in L1/L2, z in registers and 4 KB
+// Floats   every float operand is a sum of bf16 terms, P always of all three; see `decide` for what is left out when
+#include <immintrin.h>
+
+#include <initializer_list>
+
+#include "csrc/linear_cross_entropy/head.h"
+
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,amx-tile,amx-bf16")
+
+#include "csrc/linear_cross_entropy/vector.h"
+
+namespace gradshield::head {
+namespace {
+
+// A reference logit this much below a new one is replaced; until then exponentials may grow to e^20.
+constexpr float kHeadroom = 20.f;
+
+// Partial products along d are added in runs of this many tile steps, so that same-signed sums keep their digits.
+constexpr int64_t kRunSteps = 20;
+
+struct Lanes {
+  __m512 top, sum_even, sum_odd, most, above;
+};
+
+// Shares of a thread's scratch memory.
+struct Scratch {
+  uint8_t* rows;        // [steps, k_steps, terms_w, 2][1 KB] W, 16 words by 32 columns
+  uint8_t* columns;     // [column_pairs][steps, terms, 2][1 KB] W and p transposed, 16 columns by 32 words
+  uint8_t* direction;   // [directions][steps, k_steps, terms_r, 2][1 KB]
+  uint8_t* shares;      // [steps, 3 terms, 2][1 KB] P as bf16 terms, pairs of words by 16 tokens
+  float* z[2];          // [runs][2 words, 2 tokens][16, 16]
+  float* product;       // the same for a direction
+  float* share_floats;  // [2 words, 2 tokens][16, 16] P s as floats
+  uint8_t* terms;       // [steps] how many terms of P each step's second product takes
+};
+
+struct Token {  // what one pair of 16 tokens carries through a chunk
+  alignas(64) float top[kPair], whole[kPair], coarse[kPair], dropped[kPair];
+  alignas(64) int32_t label[kPair];
+  alignas(64) double sum[kPair];
+};
+
+int64_t runs_of(int64_t k_steps) { return (k_steps + kRunSteps - 1) / kRunSteps; }
+
+int64_t terms_of_columns(const Plan& plan, int64_t pair) {
+  return pair < plan.k_steps ? plan.terms_w : plan.terms_p;
+}
+
+int64_t column_tiles(const Plan& plan) {
+  return 2 * plan.steps_per_block * (plan.k_steps * plan.terms_w + plan.rank_pairs * plan.terms_p);
+}
+
+// Start of a pair of columns in Scratch::columns.
+uint8_t* columns_at(const Plan& plan, const Scratch& s, int64_t pair) {
+  const int64_t before = pair < plan.k_steps
+                             ? pair * plan.terms_w
+                             : plan.k_steps * plan.terms_w + (pair - plan.k_steps) * plan.terms_p;
+  return s.columns + before * 2 * plan.steps_per_block * kTileBytes;
+}
+
+Scratch share_out(const Problem& problem, const Plan& plan, uint8_t* memory, int64_t* used) {
+  uint8_t* at = memory;
+  auto take = [&at](int64_t bytes) {
+    uint8_t* start = at;
+    at += (bytes + 63) / 64 * 64;
+    return start;
+  };
+  const int64_t steps = plan.steps_per_block, z_bytes = runs_of(plan.k_steps) * 4 * kTileBytes;
+  Scratch s;
+  s.rows = take(steps * plan.k_steps * plan.terms_w * 2 * kTileBytes);
+  s.columns = take(column_tiles(plan) * kTileBytes);
+  s.direction = take(problem.directions * steps * plan.k_steps * plan.terms_r * 2 * kTileBytes);
+  s.shares = take(steps * kMaxTerms * 2 * kTileBytes);
+  s.z[0] = reinterpret_cast<float*>(take(z_bytes));
+  s.z[1] = reinterpret_cast<float*>(take(z_bytes));
+  s.product = reinterpret_cast<float*>(take(z_bytes));
+  s.share_floats = reinterpret_cast<float*>(take(4 * kTileBytes));
+  s.terms = take(steps);
+  *used = at - memory;
+  return s;
+}
+
+// Row tiles of 32 words, and, where `columns` is given, their transposed tiles: pairs of words are zipped to 32-bit
+// values, whose 16 x 16 blocks are transposed.
+void pack_step(const Matrix& x, int64_t word, int64_t word_end, int64_t k_steps, int terms, uint8_t* rows,
+               uint8_t* columns, int64_t column_stride) {
+  Matrix upto = x;
+  upto.rows = word_end < x.rows ? word_end : x.rows;
+  for (int64_t k = 0; k < k_steps; ++k) {
+    __m512i line[kMaxTerms][kPair], zipped[2][kTile];
+    for (int i = 0; i < kPair; ++i) {
+      __m512i out[kMaxTerms];
+      load_terms(upto, word + i, k * kPair, terms, out);
+      for (int j = 0; j < terms; ++j) line[j][i] = out[j];
+    }
+    for (int j = 0; j < terms; ++j) {
+      if (rows != nullptr) {
+        uint8_t* tiles = rows + (k * terms + j) * 2 * kTileBytes;
+        for (int i = 0; i < kPair; ++i) _mm512_store_si512(tiles + i * 64, line[j][i]);
+      }
+      if (columns == nullptr) continue;
+      for (int i = 0; i < kTile; ++i) {
+        zipped[0][i] = _mm512_unpacklo_epi16(line[j][2 * i], line[j][2 * i + 1]);
+        zipped[1][i] = _mm512_unpackhi_epi16(line[j][2 * i], line[j][2 * i + 1]);
+      }
+      uint8_t* tiles = columns + k * column_stride + j * 2 * kTileBytes;
+      for (int half = 0; half < 2; ++half) {
+        transpose(zipped[half]);
+        // unpack takes 4 of every 8 columns
+        for (int i = 0; i < kTile; ++i)
+          _mm512_store_si512(tiles + (i / 4 * 8 + half * 4 + i % 4) * 64, zipped[half][i]);
+      }
+    }
+  }
+}
+
+void pack_block(const Problem& problem, const Plan& plan, const Scratch& s, int64_t word, int64_t word_end,
+                int64_t steps) {
+  const int64_t row_bytes = plan.k_steps * 2 * kTileBytes;
+  for (int64_t i = 0; i < steps; ++i) {
+    const int64_t from = word + i * kPair;
+    pack_step(problem.weight, from, word_end, plan.k_steps, plan.terms_w, s.rows + i * row_bytes * plan.terms_w,
+              s.columns + i * plan.terms_w * 2 * kTileBytes, plan.steps_per_block * plan.terms_w * 2 * kTileBytes);
+    if (plan.rank_pairs > 0)
+      pack_step(problem.p, from, word_end, plan.rank_pairs, plan.terms_p, nullptr,
+                columns_at(plan, s, plan.k_steps) + i * plan.terms_p * 2 * kTileBytes,
+                plan.steps_per_block * plan.terms_p * 2 * kTileBytes);
+    for (int64_t j = 0; j < problem.directions; ++j)
+      pack_step(problem.r[j], from, word_end, plan.k_steps, plan.terms_r,
+                s.direction + (j * plan.steps_per_block + i) * row_bytes * plan.terms_r, nullptr, 0);
+  }
+}
+
+#define GRADSHIELD_FOUR_PRODUCTS() \
+  _tile_dpbf16ps(0, 4, 6);         \
+  _tile_dpbf16ps(1, 4, 7);         \
+  _tile_dpbf16ps(2, 5, 6);         \
+  _tile_dpbf16ps(3, 5, 7)
+
+// The compiler does not know that a tile load reads memory, nor how much of it the configuration is.
+GRADSHIELD_INLINE void tile_loads_follow() { asm volatile("" ::: "memory"); }
+
+GRADSHIELD_INLINE void zero_tiles() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+GRADSHIELD_INLINE void store_tiles(float* out) {
+  _tile_stored(0, out, 64);
+  _tile_stored(1, out + 256, 64);
+  _tile_stored(2, out + 512, 64);
+  _tile_stored(3, out + 768, 64);
+}
+
+// One step along d of 32 rows by 32 tokens: every pair of terms that reaches float32's last bit.
+GRADSHIELD_INLINE void product_step(const uint8_t* rows, int row_terms, const uint8_t* tokens, int token_terms) {
+  for (int j = 0; j < row_terms; ++j) {
+    _tile_loadd(4, rows + j * 2 * kTileBytes, 64);
+    _tile_loadd(5, rows + (j * 2 + 1) * kTileBytes, 64);
+    const int count = token_terms < kMaxTerms - j ? token_terms : kMaxTerms - j;
+    for (int i = 0; i < count; ++i) {
+      _tile_loadd(6, tokens + i * 2 * kTileBytes, 64);
+      _tile_loadd(7, tokens + (i * 2 + 1) * kTileBytes, 64);
+      GRADSHIELD_FOUR_PRODUCTS();
+    }
+  }
+}
+
+// A logit from the sum of its runs, scaled and capped; slope = dz'/dz of the cap.
+template <bool kCap>
+GRADSHIELD_INLINE __m512 logit(__m512 y, float scale, float softcap, __m512* slope) {
+  const __m512 z = _mm512_mul_ps(y, _mm512_set1_ps(scale));
+  if (!kCap) return z;
+  return _mm512_mul_ps(_mm512_set1_ps(softcap), tanh_and_slope(_mm512_div_ps(z, _mm512_set1_ps(softcap)), slope));
+}
+
+GRADSHIELD_INLINE __m512 sum_runs(const float* z, int64_t runs, int64_t at) {
+  __m512 y = _mm512_load_ps(z + at);
+  for (int64_t i = 1; i < runs; ++i) y = _mm512_add_ps(y, _mm512_load_ps(z + i * 1024 + at));
+  return y;
+}
+
+GRADSHIELD_INLINE __m512i zip_upper(__m512 even, __m512 odd) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(_mm512_castps_si512(even), 16),
+                                 _mm512_castps_si512(odd));
+}
+
+// Fractions that the words of a step add before their middle term is cut to bf16: a van der Corput sequence, so that the
+// errors of equal shares cancel over 32 words instead of adding up.
+alignas(64) const uint32_t kDither[kPair] = {
+    0x0000, 0x8000, 0x4000, 0xc000, 0x2000, 0xa000, 0x6000, 0xe000, 0x1000, 0x9000, 0x5000,
+    0xd000, 0x3000, 0xb000, 0x7000, 0xf000, 0x0800, 0x8800, 0x4800, 0xc800, 0x2800, 0xa800,
+    0x6800, 0xe800, 0x1800, 0x9800, 0x5800, 0xd800, 0x3800, 0xb800, 0x7800, 0xf800};
+
+struct Softmax {
+  float scale, softcap;
+  int64_t runs;
+  float* share_floats;  // null where no dense direction needs them
+};
+
+// Words 2 `row`, 2 `row` + 1 of a step for 16 tokens: P, its sums, and its three bf16 terms zipped for the product.
+template <bool kCap>
+GRADSHIELD_INLINE void two_words(const Softmax& c, const float* z, int64_t row, int64_t half, Lanes& lanes,
+                                 uint8_t* shares) {
+  __m512 hi[2], mid[2], lo[2];
+  for (int i = 0; i < 2; ++i) {
+    const int64_t word = 2 * row + i;
+    const int64_t at = (word / 16 * 2 + half) * 256 + word % 16 * 16;
+    const __m512 y = sum_runs(z, c.runs, at);
+    const __mmask16 keep = _mm512_cmp_ps_mask(y, _mm512_set1_ps(-__builtin_inff()), _CMP_NEQ_UQ);
+    __m512 slope;
+    const __m512 x = _mm512_sub_ps(logit<kCap>(y, c.scale, c.softcap, &slope), lanes.top);
+    lanes.above = _mm512_mask_max_ps(lanes.above, keep, lanes.above, x);
+    __m512 share = exp_where(keep, x);
+    lanes.most = _mm512_max_ps(lanes.most, share);
+    (i == 0 ? lanes.sum_even : lanes.sum_odd) = _mm512_add_ps(i == 0 ? lanes.sum_even : lanes.sum_odd, share);
+    if (kCap) share = _mm512_maskz_mul_ps(keep, share, slope);
+    if (c.share_floats != nullptr) _mm512_store_ps(c.share_floats + at, share);
+    hi[i] = nearest(share);
+    const __m512 rest = _mm512_sub_ps(share, hi[i]);
+    mid[i] = chop(_mm512_castsi512_ps(
+        _mm512_add_epi32(_mm512_castps_si512(rest), _mm512_set1_epi32(static_cast<int>(kDither[word])))));
+    lo[i] = _mm512_sub_ps(rest, mid[i]);
+  }
+  uint8_t* out = shares + half * kTileBytes + row * 64;
+  _mm512_store_si512(out, zip_upper(hi[0], hi[1]));
+  _mm512_store_si512(out + 2 * kTileBytes, zip_upper(mid[0], mid[1]));
+  _mm512_store_si512(out + 4 * kTileBytes, zip_upper(lo[0], lo[1]));
+}
+
+// Minus infinity in the place of the tokens' labels and of words beyond the chunk.
+void hide_words(const Token& token, int64_t word, int64_t word_end, float* z) {
+  const int64_t count = word_end - word;
+  for (int64_t i = count; i < kPair; ++i)
+    for (int64_t half = 0; half < 2; ++half)
+      _mm512_store_ps(z + (i / 16 * 2 + half) * 256 + i % 16 * 16, _mm512_set1_ps(-__builtin_inff()));
+  for (int64_t half = 0; half < 2; ++half) {
+    const __m512i label = _mm512_load_si512(token.label + half * 16);
+    const __m512i offset = _mm512_sub_epi32(label, _mm512_set1_epi32(static_cast<int>(word)));
+    __mmask16 inside = _mm512_cmplt_epu32_mask(offset, _mm512_set1_epi32(kPair));
+    if (inside == 0) continue;
+    alignas(64) int32_t offsets[16];
+    _mm512_store_si512(offsets, offset);
+    for (; inside != 0; inside &= inside - 1) {
+      const int lane = __builtin_ctz(inside), i = offsets[lane];
+      z[(i / 16 * 2 + half) * 256 + i % 16 * 16 + lane] = -__builtin_inff();
+    }
+  }
+}
+
+// The largest logit of the first step becomes the reference; 0 where the step holds nothing but the label.
+template <bool kCap>
+void first_top(const Softmax& c, const float* z, Token& token) {
+  for (int64_t half = 0; half < 2; ++half) {
+    __m512 top = _mm512_set1_ps(-__builtin_inff());
+    for (int64_t i = 0; i < kPair; ++i) {
+      const __m512 y = sum_runs(z, c.runs, (i / 16 * 2 + half) * 256 + i % 16 * 16);
+      const __mmask16 keep = _mm512_cmp_ps_mask(y, _mm512_set1_ps(-__builtin_inff()), _CMP_NEQ_UQ);
+      __m512 slope;
+      top = _mm512_mask_max_ps(top, keep, top, logit<kCap>(y, c.scale, c.softcap, &slope));
+    }
+    const __mmask16 none = _mm512_cmp_ps_mask(top, _mm512_set1_ps(-__builtin_inff()), _CMP_EQ_OQ);
+    _mm512_store_ps(token.top + half * 16, _mm512_mask_blend_ps(none, top, _mm512_setzero_ps()));
+  }
+}
+
+// How many terms of a step's P the second product takes, the same for all of the 32 tokens, so that for each of them
+//   all three   where a word holds more than 2^-8 of the sum so far; two terms are off by at most 2^-16 of the word's
+//               share, rounded by a fixed dither, so errors of words that each hold less cancel to below 2^-21 of the sum
+//   two         else
+//   one         while all such words together hold less than 2^-14 of the sum (one term is off by at most 2^-8)
+//   none        while all such words together hold less than 2^-25 of it
+// Returns the number of terms and enters the step's sums.
+GRADSHIELD_INLINE int decide(Token& token, int64_t half, const Lanes& lanes, __mmask16 valid) {
+  const int64_t at = half * 16;
+  const __m512 sum = _mm512_add_ps(lanes.sum_even, lanes.sum_odd);
+  const __m512 whole = _mm512_add_ps(_mm512_load_ps(token.whole + at), sum);
+  _mm512_store_ps(token.whole + at, whole);
+  for (int64_t i = 0; i < 2; ++i) {
+    const __m256 part = i == 0 ? _mm512_castps512_ps256(sum) : _mm512_extractf32x8_ps(sum, 1);
+    double* to = token.sum + at + 8 * i;
+    _mm512_store_pd(to, _mm512_add_pd(_mm512_load_pd(to), _mm512_cvtps_pd(part)));
+  }
+  auto exceeds = [&](__m512 x, float share) {
+    return (_mm512_cmp_ps_mask(x, _mm512_mul_ps(whole, _mm512_set1_ps(share)), _CMP_NLE_UQ) & valid) != 0;
+  };
+  if (exceeds(lanes.most, 0x1p-8f)) return 3;
+  if (exceeds(_mm512_add_ps(_mm512_load_ps(token.coarse + at), sum), 0x1p-14f)) return 2;
+  return exceeds(_mm512_add_ps(_mm512_load_ps(token.dropped + at), sum), 0x1p-25f) ? 1 : 0;
+}
+
+GRADSHIELD_INLINE void enter(float* counter, const Lanes& lanes) {
+  const __m512 sum = _mm512_add_ps(lanes.sum_even, lanes.sum_odd);
+  _mm512_store_ps(counter, _mm512_add_ps(_mm512_load_ps(counter), sum));
+}
+
+// The second product of one pair of column tiles over a block: [32 columns, 32 tokens], added to acc.
+template <bool kOneTermOfW>
+GRADSHIELD_INLINE void second_product(const uint8_t* columns, int column_terms, const uint8_t* shares,
+                                      const uint8_t* terms, int64_t steps, bool all_terms, float* sums, float* acc) {
+  zero_tiles();
+  for (int64_t i = 0; i < steps; ++i) {
+    const int count = all_terms ? kMaxTerms : terms[i];
+    if (count == 0) continue;
+    const uint8_t* share = shares + i * kMaxTerms * 2 * kTileBytes;
+    if (kOneTermOfW) {
+      product_step(columns + i * 2 * kTileBytes, 1, share, count);
+    } else {
+      const uint8_t* column = columns + i * column_terms * 2 * kTileBytes;
+      for (int j = 0; j < column_terms; ++j) {
+        const int both = count < kMaxTerms - j ? count : kMaxTerms - j;
+        product_step(column + j * 2 * kTileBytes, 1, share, both);
+      }
+    }
+  }
+  store_tiles(sums);
+  for (int64_t i = 0; i < 1024; i += 16)
+    _mm512_store_ps(acc + i, _mm512_add_ps(_mm512_load_ps(acc + i), _mm512_load_ps(sums + i)));
+}
+
+// Move the reference of the lanes that have outgrown it, and everything that is relative to it.
+void rescale(const Problem& problem, const Plan& plan, Token& token, const __m512* above, float* acc, double* dot) {
+  for (int64_t half = 0; half < 2; ++half) {
+    const int64_t at = half * 16;
+    const __mmask16 grown = _mm512_cmp_ps_mask(above[half], _mm512_set1_ps(kHeadroom), _CMP_GT_OQ);
+    const __m512 old = _mm512_load_ps(token.top + at);
+    const __m512 top = _mm512_mask_add_ps(old, grown, old, above[half]);
+    __m512 factor = exp_where(0xffff, _mm512_sub_ps(old, top));
+    factor = _mm512_mask_blend_ps(grown, _mm512_set1_ps(1.f), factor);
+    _mm512_store_ps(token.top + at, top);
+    for (float* x : {token.whole, token.coarse, token.dropped})
+      _mm512_store_ps(x + at, _mm512_mul_ps(_mm512_load_ps(x + at), factor));
+    for (int64_t tile = half; tile < plan.column_pairs * 4; tile += 2)
+      for (int64_t i = 0; i < 16; ++i) {
+        float* x = acc + tile * 256 + i * 16;
+        _mm512_store_ps(x, _mm512_mul_ps(_mm512_load_ps(x), factor));
+      }
+    alignas(64) float factors[16];
+    _mm512_store_ps(factors, factor);
+    for (int64_t i = 0; i < 16; ++i) {
+      token.sum[at + i] *= static_cast<double>(factors[i]);
+      for (int64_t j = 0; j < problem.directions; ++j) dot[j * kPair + at + i] *= static_cast<double>(factors[i]);
+    }
+  }
+}
+
+// z of 32 words by 32 tokens into `out`, while the softmax of the 32 words before runs between the tile products: the
+// matrix unit and the vector unit then work at the same time.
+template <typename Between>
+GRADSHIELD_INLINE void first_product(const Plan& plan, const uint8_t* rows, int row_terms, const uint8_t* tokens,
+                                     float* out, Between between) {
+  const int64_t runs = runs_of(plan.k_steps);
+  for (int64_t run = 0, k = 0; run < runs; ++run) {
+    const int64_t end = plan.k_steps * (run + 1) / runs;
+    zero_tiles();
+    for (; k < end; ++k) {
+      product_step(rows + k * row_terms * 2 * kTileBytes, row_terms, tokens + k * plan.terms_h * 2 * kTileBytes,
+                   plan.terms_h);
+      between(k);
+    }
+    store_tiles(out + run * 1024);
+  }
+}
+
+struct Block {
+  int64_t word, word_end, steps;  // words of the block, in 32s
+};
+
+// Dense directions: dot[k, t] += sum_v P s[v, t] (r_k[v] . h[t]) over one step.
+void direction_step(const Problem& problem, const Plan& plan, const Scratch& s, int64_t step, const uint8_t* tokens,
+                    double* dot) {
+  const int64_t runs = runs_of(plan.k_steps);
+  for (int64_t j = 0; j < problem.directions; ++j) {
+    const uint8_t* rows =
+        s.direction + (j * plan.steps_per_block + step) * plan.k_steps * plan.terms_r * 2 * kTileBytes;
+    first_product(plan, rows, plan.terms_r, tokens, s.product, [](int64_t) {});
+    for (int64_t half = 0; half < 2; ++half) {
+      __m512 sum = _mm512_setzero_ps();
+      for (int64_t i = 0; i < kPair; ++i) {
+        const int64_t at = (i / 16 * 2 + half) * 256 + i % 16 * 16;
+        sum = _mm512_fmadd_ps(_mm512_load_ps(s.share_floats + at), sum_runs(s.product, runs, at), sum);
+      }
+      alignas(64) float sums[16];
+      _mm512_store_ps(sums, sum);
+      for (int64_t i = 0; i < 16; ++i) dot[j * kPair + half * 16 + i] += static_cast<double>(sums[i]);
+    }
+  }
+}
+
+// First product and softmax of a block for one pair of token tiles. False: a logit outgrew its reference, `above` says
+// by how much, and nothing of the block counts.
+template <bool kCap>
+bool softmax_block(const Problem& problem, const Plan& plan, const Scratch& s, const Block& block, Token& token,
+                   const uint8_t* tokens, const __mmask16* valid, bool fresh, double* dot, __m512* above) {
+  const int64_t row_bytes = plan.k_steps * plan.terms_w * 2 * kTileBytes;
+  const bool dense = problem.directions > 0;
+  const Softmax c = {problem.scale, problem.softcap, runs_of(plan.k_steps), dense ? s.share_floats : nullptr};
+  const int64_t units = (kPair + plan.k_steps - 1) / plan.k_steps;
+  const Token before = token;
+  above[0] = above[1] = _mm512_set1_ps(-__builtin_inff());
+  for (int64_t step = 0; step <= block.steps; ++step) {
+    const float* ready = s.z[(step + 1) & 1];
+    const int64_t last = step - 1;
+    uint8_t* shares = s.shares + (step == 0 ? 0 : last) * kMaxTerms * 2 * kTileBytes;
+    Lanes lanes[2];
+    for (int64_t half = 0; half < 2; ++half) {
+      const __m512 zero = _mm512_setzero_ps();
+      lanes[half] = {_mm512_load_ps(token.top + half * 16), zero, zero, zero, above[half]};
+    }
+    int64_t done = step == 0 ? kPair : 0;
+    auto between = [&](int64_t) {
+      for (int64_t i = 0; i < units && done < kPair; ++i, ++done)
+        two_words<kCap>(c, ready, done >> 1, done & 1, lanes[done & 1], shares);
+    };
+    if (step < block.steps) {
+      first_product(plan, s.rows + step * row_bytes, plan.terms_w, tokens, s.z[step & 1], between);
+      hide_words(token, block.word + step * kPair, block.word_end, s.z[step & 1]);
+      if (step == 0 && fresh) first_top<kCap>(c, s.z[0], token);
+    }
+    for (; done < kPair; ++done) two_words<kCap>(c, ready, done >> 1, done & 1, lanes[done & 1], shares);
+    if (step == 0) continue;
+    for (int64_t half = 0; half < 2; ++half) above[half] = lanes[half].above;
+    const __m512 most = _mm512_max_ps(above[0], above[1]);
+    if (_mm512_cmp_ps_mask(most, _mm512_set1_ps(kHeadroom), _CMP_GT_OQ) != 0) {
+      const Token now = token;
+      token = before;
+      if (fresh) __builtin_memcpy(token.top, now.top, sizeof token.top);
+      return false;
+    }
+    const int first = decide(token, 0, lanes[0], valid[0]), second = decide(token, 1, lanes[1], valid[1]);
+    const int terms = first > second ? first : second;
+    s.terms[last] = static_cast<uint8_t>(terms);
+    for (int64_t half = 0; half < 2 && terms < 2; ++half)
+      enter((terms == 1 ? token.coarse : token.dropped) + half * 16, lanes[half]);
+    if (dense) direction_step(problem, plan, s, last, tokens, dot);
+  }
+  return true;
+}
+
+}  // namespace
+
+int64_t packed_h_bytes(const Plan& plan) { return plan.pairs * plan.k_steps * plan.terms_h * 2 * kTileBytes; }
+
+// [k_steps, terms_h, 2 token tiles][16 pairs of columns, 16 tokens of 32 bits]
+void pack_h(const Problem& problem, const Plan& plan, int64_t pair, uint8_t* packed) {
+  for (int64_t k = 0; k < plan.k_steps; ++k) {
+    for (int64_t half = 0; half < 2; ++half) {
+      __m512i lines[kMaxTerms][kTile];
+      for (int64_t i = 0; i < kTile; ++i) {
+        const int64_t t = pair * kPair + half * kTile + i;
+        __m512i out[kMaxTerms];
+        load_terms(problem.h, t < problem.tokens ? problem.index[t] : problem.h.rows, k * kPair, plan.terms_h, out);
+        for (int j = 0; j < plan.terms_h; ++j) lines[j][i] = out[j];
+      }
+      for (int j = 0; j < plan.terms_h; ++j) {
+        transpose(lines[j]);
+        uint8_t* tile = packed + ((k * plan.terms_h + j) * 2 + half) * kTileBytes;
+        for (int64_t i = 0; i < kTile; ++i) _mm512_store_si512(tile + i * 64, lines[j][i]);
+      }
+    }
+  }
+}
+
+int64_t scratch_bytes(const Problem& problem, const Plan& plan) {
+  int64_t used = 0;
+  share_out(problem, plan, nullptr, &used);
+  return used;
+}
+
+void begin_thread() {
+  alignas(64) uint8_t config[64] = {1};
+  for (int i = 0; i < 8; ++i) {
+    config[16 + 2 * i] = 64;  // bytes a row
+    config[48 + i] = 16;      // rows
+  }
+  tile_loads_follow();
+  _tile_loadconfig(config);
+}
+
+void end_thread() { _tile_release(); }
+
+void run_item(const Problem& problem, const Plan& plan, const uint8_t* packed_h, const Partial& out, int64_t group,
+              int64_t chunk, uint8_t* scratch) {
+  int64_t used = 0;
+  const Scratch s = share_out(problem, plan, scratch, &used);
+  const int64_t start = chunk * plan.words_per_chunk;
+  const int64_t end = start + plan.words_per_chunk < problem.weight.rows ? start + plan.words_per_chunk
+                                                                         : problem.weight.rows;
+  const int64_t pair_start = group * plan.group_pairs;
+  const int64_t pair_end = pair_start + plan.group_pairs < plan.pairs ? pair_start + plan.group_pairs : plan.pairs;
+  const int64_t acc_size = plan.column_pairs * 1024, dot_size = problem.directions * kPair;
+  const Buffer<Token> tokens = allocate<Token>(pair_end - pair_start);
+  __builtin_memset(tokens.get(), 0, sizeof(Token) * (pair_end - pair_start));
+  for (int64_t pair = pair_start; pair < pair_end; ++pair) {
+    Token& token = tokens[pair - pair_start];
+    for (int64_t i = 0; i < kPair; ++i) {
+      const int64_t t = pair * kPair + i;
+      token.label[i] = t < problem.tokens ? static_cast<int32_t>(problem.labels[t]) : -1;
+    }
+    const int64_t at = chunk * plan.pairs + pair;
+    __builtin_memset(out.acc + at * acc_size, 0, acc_size * sizeof(float));
+    if (dot_size > 0) __builtin_memset(out.dot + at * dot_size, 0, dot_size * sizeof(double));
+  }
+  alignas(64) float sums[1024];
+  for (int64_t word = start; word < end; word += plan.steps_per_block * kPair) {
+    Block block = {word, end, (end - word + kPair - 1) / kPair};
+    if (block.steps > plan.steps_per_block) block.steps = plan.steps_per_block;
+    pack_block(problem, plan, s, word, end, block.steps);
+    tile_loads_follow();
+    for (int64_t pair = pair_start; pair < pair_end; ++pair) {
+      Token& token = tokens[pair - pair_start];
+      const int64_t at = chunk * plan.pairs + pair, left = problem.tokens - pair * kPair;
+      const uint32_t live = left >= kPair ? ~0u : (1u << left) - 1;
+      const __mmask16 valid[2] = {static_cast<__mmask16>(live), static_cast<__mmask16>(live >> 16)};
+      const uint8_t* packed = packed_h + pair * plan.k_steps * plan.terms_h * 2 * kTileBytes;
+      float* acc = out.acc + at * acc_size;
+      double* dot = out.dot + at * dot_size;
+      __m512 above[2];
+      bool fresh = word == start;
+      auto softmax = [&] {
+        return problem.softcap > 0
+                   ? softmax_block<true>(problem, plan, s, block, token, packed, valid, fresh, dot, above)
+                   : softmax_block<false>(problem, plan, s, block, token, packed, valid, fresh, dot, above);
+      };
+      const Buffer<double> kept = allocate<double>(dot_size);
+      __builtin_memcpy(kept.get(), dot, dot_size * sizeof(double));
+      while (!softmax()) {
+        __builtin_memcpy(dot, kept.get(), dot_size * sizeof(double));
+        rescale(problem, plan, token, above, acc, dot);
+        __builtin_memcpy(kept.get(), dot, dot_size * sizeof(double));
+        fresh = false;
+      }
+      tile_loads_follow();
+      for (int64_t i = 0; i < plan.column_pairs; ++i) {
+        const bool of_p = i >= plan.k_steps;
+        const int64_t terms = terms_of_columns(plan, i);
+        if (terms == 1)
+          second_product<true>(columns_at(plan, s, i), 1, s.shares, s.terms, block.steps, of_p, sums, acc + i * 1024);
+        else
+          second_product<false>(columns_at(plan, s, i), static_cast<int>(terms), s.shares, s.terms, block.steps, of_p,
+                                sums, acc + i * 1024);
+      }
+    }
+  }
+  for (int64_t pair = pair_start; pair < pair_end; ++pair) {
+    const Token& token = tokens[pair - pair_start];
+    const int64_t at = (chunk * plan.pairs + pair) * kPair;
+    __builtin_memcpy(out.top + at, token.top, sizeof token.top);
+    __builtin_memcpy(out.sum + at, token.sum, sizeof token.sum);
+  }
+}
+
+}  // namespace gradshield::head
