@@ -22,16 +22,20 @@ namespace {
 // A reference logit this much below a new one is replaced; until then exponentials may grow to e^20.
 constexpr float kHeadroom = 20.f;
 
+// exp of less than this is nothing beside e^0.
+constexpr float kNothing = -150.f;
+
 // Partial products along d are added in runs of this many tile steps, so that same-signed sums keep their digits.
 constexpr int64_t kRunSteps = 20;
 
 struct Lanes {
-  __m512 top, sum_even, sum_odd, most, above;
+  __m512 top, sum_even, sum_odd, pull, above;  // pull: sum of P (z' - top); above: the largest z' - top
 };
 
 // Shares of a thread's scratch memory.
 struct Scratch {
   uint8_t* rows;        // [steps, k_steps, terms_w, 2][1 KB] W, 16 words by 32 columns
+  uint8_t* p_rows;      // [rank_pairs, terms_p, 2][1 KB] p, for as long as it takes to transpose it
   uint8_t* columns;     // [column_pairs][steps, terms, 2][1 KB] W and p transposed, 16 columns by 32 words
   uint8_t* direction;   // [directions][steps, k_steps, terms_r, 2][1 KB]
   uint8_t* shares;      // [steps, 3 terms, 2][1 KB] P as bf16 terms, pairs of words by 16 tokens
@@ -42,7 +46,7 @@ struct Scratch {
 };
 
 struct Token {  // what one pair of 16 tokens carries through a chunk
-  alignas(64) float top[kPair], whole[kPair], coarse[kPair], dropped[kPair];
+  alignas(64) float top[kPair], whole[kPair], pull[kPair], squares[kPair], coarse[kPair], dropped[kPair];
   alignas(64) int32_t label[kPair];
   alignas(64) double sum[kPair];
 };
@@ -75,6 +79,7 @@ Scratch share_out(const Problem& problem, const Plan& plan, uint8_t* memory, int
   const int64_t steps = plan.steps_per_block, z_bytes = runs_of(plan.k_steps) * 4 * kTileBytes;
   Scratch s;
   s.rows = take(steps * plan.k_steps * plan.terms_w * 2 * kTileBytes);
+  s.p_rows = take(plan.rank_pairs * plan.terms_p * 2 * kTileBytes);
   s.columns = take(column_tiles(plan) * kTileBytes);
   s.direction = take(problem.directions * steps * plan.k_steps * plan.terms_r * 2 * kTileBytes);
   s.shares = take(steps * kMaxTerms * 2 * kTileBytes);
@@ -87,35 +92,56 @@ Scratch share_out(const Problem& problem, const Plan& plan, uint8_t* memory, int
   return s;
 }
 
-// Row tiles of 32 words, and, where `columns` is given, their transposed tiles: pairs of words are zipped to 32-bit
-// values, whose 16 x 16 blocks are transposed.
-void pack_step(const Matrix& x, int64_t word, int64_t word_end, int64_t k_steps, int terms, uint8_t* rows,
-               uint8_t* columns, int64_t column_stride) {
+// Row tiles of 32 words: a row at a time, since that is how memory is read fastest.
+void pack_rows(const Matrix& x, int64_t word, int64_t word_end, int64_t k_steps, int terms, uint8_t* rows) {
   Matrix upto = x;
   upto.rows = word_end < x.rows ? word_end : x.rows;
-  for (int64_t k = 0; k < k_steps; ++k) {
-    __m512i line[kMaxTerms][kPair], zipped[2][kTile];
-    for (int i = 0; i < kPair; ++i) {
+  for (int64_t i = 0; i < kPair; ++i) {
+    for (int64_t k = 0; k < k_steps; ++k) {
       __m512i out[kMaxTerms];
       load_terms(upto, word + i, k * kPair, terms, out);
-      for (int j = 0; j < terms; ++j) line[j][i] = out[j];
+      for (int j = 0; j < terms; ++j) _mm512_store_si512(rows + (k * terms + j) * 2 * kTileBytes + i * 64, out[j]);
     }
+  }
+}
+
+// Calls the next block's rows of the weight into L2 while this block is multiplied, some lines at a time.
+class Ahead {
+ public:
+  Ahead(const Matrix& x, int64_t word, int64_t word_end, int64_t calls)
+      : row_bytes_(x.row_stride * (x.dtype == Dtype::kFloat32 ? 4 : 2)),
+        lines_((x.cols * (x.dtype == Dtype::kFloat32 ? 4 : 2) + 63) / 64),
+        row_(static_cast<const char*>(x.data) + word * row_bytes_),
+        left_(x.col_stride == 1 && word_end > word ? (word_end - word) * lines_ : 0),
+        each_((left_ + calls - 1) / calls) {}
+  void some() {
+    for (int64_t i = 0; i < each_ && left_ > 0; ++i, --left_) {
+      _mm_prefetch(row_ + line_ * 64, _MM_HINT_T1);
+      if (++line_ == lines_) line_ = 0, row_ += row_bytes_;
+    }
+  }
+
+ private:
+  int64_t row_bytes_, lines_;
+  const char* row_;
+  int64_t left_, each_, line_ = 0;
+};
+
+// The transposed tiles of row tiles: pairs of words are zipped to 32-bit values, whose 16 x 16 blocks are transposed.
+void pack_columns(const uint8_t* rows, int64_t k_steps, int terms, uint8_t* columns, int64_t column_stride) {
+  for (int64_t k = 0; k < k_steps; ++k) {
     for (int j = 0; j < terms; ++j) {
-      if (rows != nullptr) {
-        uint8_t* tiles = rows + (k * terms + j) * 2 * kTileBytes;
-        for (int i = 0; i < kPair; ++i) _mm512_store_si512(tiles + i * 64, line[j][i]);
-      }
-      if (columns == nullptr) continue;
-      for (int i = 0; i < kTile; ++i) {
-        zipped[0][i] = _mm512_unpacklo_epi16(line[j][2 * i], line[j][2 * i + 1]);
-        zipped[1][i] = _mm512_unpackhi_epi16(line[j][2 * i], line[j][2 * i + 1]);
-      }
+      const uint8_t* from = rows + (k * terms + j) * 2 * kTileBytes;
       uint8_t* tiles = columns + k * column_stride + j * 2 * kTileBytes;
       for (int half = 0; half < 2; ++half) {
-        transpose(zipped[half]);
+        __m512i zipped[kTile];
+        for (int i = 0; i < kTile; ++i) {
+          const __m512i even = _mm512_load_si512(from + 2 * i * 64), odd = _mm512_load_si512(from + (2 * i + 1) * 64);
+          zipped[i] = half == 0 ? _mm512_unpacklo_epi16(even, odd) : _mm512_unpackhi_epi16(even, odd);
+        }
+        transpose(zipped);
         // unpack takes 4 of every 8 columns
-        for (int i = 0; i < kTile; ++i)
-          _mm512_store_si512(tiles + (i / 4 * 8 + half * 4 + i % 4) * 64, zipped[half][i]);
+        for (int i = 0; i < kTile; ++i) _mm512_store_si512(tiles + (i / 4 * 8 + half * 4 + i % 4) * 64, zipped[i]);
       }
     }
   }
@@ -123,18 +149,21 @@ void pack_step(const Matrix& x, int64_t word, int64_t word_end, int64_t k_steps,
 
 void pack_block(const Problem& problem, const Plan& plan, const Scratch& s, int64_t word, int64_t word_end,
                 int64_t steps) {
-  const int64_t row_bytes = plan.k_steps * 2 * kTileBytes;
+  const int64_t row_bytes = plan.k_steps * 2 * kTileBytes, pair_bytes = plan.steps_per_block * 2 * kTileBytes;
   for (int64_t i = 0; i < steps; ++i) {
     const int64_t from = word + i * kPair;
-    pack_step(problem.weight, from, word_end, plan.k_steps, plan.terms_w, s.rows + i * row_bytes * plan.terms_w,
-              s.columns + i * plan.terms_w * 2 * kTileBytes, plan.steps_per_block * plan.terms_w * 2 * kTileBytes);
-    if (plan.rank_pairs > 0)
-      pack_step(problem.p, from, word_end, plan.rank_pairs, plan.terms_p, nullptr,
-                columns_at(plan, s, plan.k_steps) + i * plan.terms_p * 2 * kTileBytes,
-                plan.steps_per_block * plan.terms_p * 2 * kTileBytes);
+    uint8_t* rows = s.rows + i * row_bytes * plan.terms_w;
+    if (plan.rank_pairs > 0) {
+      uint8_t* columns = columns_at(plan, s, plan.k_steps) + i * plan.terms_p * 2 * kTileBytes;
+      pack_rows(problem.p, from, word_end, plan.rank_pairs, plan.terms_p, s.p_rows);
+      pack_columns(s.p_rows, plan.rank_pairs, plan.terms_p, columns, pair_bytes * plan.terms_p);
+    }
+    pack_rows(problem.weight, from, word_end, plan.k_steps, plan.terms_w, rows);
+    pack_columns(rows, plan.k_steps, plan.terms_w, s.columns + i * plan.terms_w * 2 * kTileBytes,
+                 pair_bytes * plan.terms_w);
     for (int64_t j = 0; j < problem.directions; ++j)
-      pack_step(problem.r[j], from, word_end, plan.k_steps, plan.terms_r,
-                s.direction + (j * plan.steps_per_block + i) * row_bytes * plan.terms_r, nullptr, 0);
+      pack_rows(problem.r[j], from, word_end, plan.k_steps, plan.terms_r,
+                s.direction + (j * plan.steps_per_block + i) * row_bytes * plan.terms_r);
   }
 }
 
@@ -164,8 +193,8 @@ GRADSHIELD_INLINE void store_tiles(float* out) {
 // One step along d of 32 rows by 32 tokens: every pair of terms that reaches float32's last bit.
 GRADSHIELD_INLINE void product_step(const uint8_t* rows, int row_terms, const uint8_t* tokens, int token_terms) {
   for (int j = 0; j < row_terms; ++j) {
-    _tile_loadd(4, rows + j * 2 * kTileBytes, 64);
-    _tile_loadd(5, rows + (j * 2 + 1) * kTileBytes, 64);
+    _tile_stream_loadd(4, rows + j * 2 * kTileBytes, 64);
+    _tile_stream_loadd(5, rows + (j * 2 + 1) * kTileBytes, 64);
     const int count = token_terms < kMaxTerms - j ? token_terms : kMaxTerms - j;
     for (int i = 0; i < count; ++i) {
       _tile_loadd(6, tokens + i * 2 * kTileBytes, 64);
@@ -175,12 +204,26 @@ GRADSHIELD_INLINE void product_step(const uint8_t* rows, int row_terms, const ui
   }
 }
 
-// A logit from the sum of its runs, scaled and capped; slope = dz'/dz of the cap.
+// What stands in z for a word that does not count: minus infinity once it is scaled.
+GRADSHIELD_INLINE float hidden(float scale) { return scale < 0 ? __builtin_inff() : -__builtin_inff(); }
+
+// z' - top from a product, the words that count, and the cap's slope dz'/dz.
 template <bool kCap>
-GRADSHIELD_INLINE __m512 logit(__m512 y, float scale, float softcap, __m512* slope) {
-  const __m512 z = _mm512_mul_ps(y, _mm512_set1_ps(scale));
-  if (!kCap) return z;
-  return _mm512_mul_ps(_mm512_set1_ps(softcap), tanh_and_slope(_mm512_div_ps(z, _mm512_set1_ps(softcap)), slope));
+GRADSHIELD_INLINE __m512 logit(__m512 y, float scale, float softcap, __m512 top, __mmask16* keep, __m512* slope) {
+  if (!kCap) {
+    const __m512 x = _mm512_fmsub_ps(y, _mm512_set1_ps(scale), top);
+    *keep = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kNothing), _CMP_NLT_UQ);
+    return x;
+  }
+  const __m512 z = _mm512_mul_ps(y, _mm512_set1_ps(scale)), cap = _mm512_set1_ps(softcap);
+  const __m512 x = _mm512_fmsub_ps(cap, tanh_and_slope(_mm512_div_ps(z, cap), slope), top);
+  const __mmask16 counts = _mm512_cmp_ps_mask(y, _mm512_set1_ps(hidden(scale)), _CMP_NEQ_UQ);
+  *keep = counts & _mm512_cmp_ps_mask(x, _mm512_set1_ps(kNothing), _CMP_NLT_UQ);
+  return _mm512_mask_blend_ps(counts, _mm512_set1_ps(-__builtin_inff()), x);
+}
+
+GRADSHIELD_INLINE __m512 exp_or_nothing(__m512 x) {
+  return exp_where(_mm512_cmp_ps_mask(x, _mm512_set1_ps(kNothing), _CMP_NLT_UQ), x);
 }
 
 GRADSHIELD_INLINE __m512 sum_runs(const float* z, int64_t runs, int64_t at) {
@@ -216,12 +259,12 @@ GRADSHIELD_INLINE void two_words(const Softmax& c, const float* z, int64_t row, 
     const int64_t word = 2 * row + i;
     const int64_t at = (word / 16 * 2 + half) * 256 + word % 16 * 16;
     const __m512 y = sum_runs(z, c.runs, at);
-    const __mmask16 keep = _mm512_cmp_ps_mask(y, _mm512_set1_ps(-__builtin_inff()), _CMP_NEQ_UQ);
+    __mmask16 keep;
     __m512 slope;
-    const __m512 x = _mm512_sub_ps(logit<kCap>(y, c.scale, c.softcap, &slope), lanes.top);
-    lanes.above = _mm512_mask_max_ps(lanes.above, keep, lanes.above, x);
+    const __m512 x = logit<kCap>(y, c.scale, c.softcap, lanes.top, &keep, &slope);
+    lanes.above = _mm512_max_ps(lanes.above, x);
     __m512 share = exp_where(keep, x);
-    lanes.most = _mm512_max_ps(lanes.most, share);
+    lanes.pull = _mm512_mask3_fmadd_ps(share, x, lanes.pull, keep);
     (i == 0 ? lanes.sum_even : lanes.sum_odd) = _mm512_add_ps(i == 0 ? lanes.sum_even : lanes.sum_odd, share);
     if (kCap) share = _mm512_maskz_mul_ps(keep, share, slope);
     if (c.share_floats != nullptr) _mm512_store_ps(c.share_floats + at, share);
@@ -237,12 +280,12 @@ GRADSHIELD_INLINE void two_words(const Softmax& c, const float* z, int64_t row, 
   _mm512_store_si512(out + 4 * kTileBytes, zip_upper(lo[0], lo[1]));
 }
 
-// Minus infinity in the place of the tokens' labels and of words beyond the chunk.
-void hide_words(const Token& token, int64_t word, int64_t word_end, float* z) {
+// Nothing in the place of the tokens' labels and of words beyond the chunk.
+void hide_words(const Token& token, int64_t word, int64_t word_end, float nothing, float* z) {
   const int64_t count = word_end - word;
   for (int64_t i = count; i < kPair; ++i)
     for (int64_t half = 0; half < 2; ++half)
-      _mm512_store_ps(z + (i / 16 * 2 + half) * 256 + i % 16 * 16, _mm512_set1_ps(-__builtin_inff()));
+      _mm512_store_ps(z + (i / 16 * 2 + half) * 256 + i % 16 * 16, _mm512_set1_ps(nothing));
   for (int64_t half = 0; half < 2; ++half) {
     const __m512i label = _mm512_load_si512(token.label + half * 16);
     const __m512i offset = _mm512_sub_epi32(label, _mm512_set1_epi32(static_cast<int>(word)));
@@ -252,7 +295,7 @@ void hide_words(const Token& token, int64_t word, int64_t word_end, float* z) {
     _mm512_store_si512(offsets, offset);
     for (; inside != 0; inside &= inside - 1) {
       const int lane = __builtin_ctz(inside), i = offsets[lane];
-      z[(i / 16 * 2 + half) * 256 + i % 16 * 16 + lane] = -__builtin_inff();
+      z[(i / 16 * 2 + half) * 256 + i % 16 * 16 + lane] = nothing;
     }
   }
 }
@@ -264,67 +307,101 @@ void first_top(const Softmax& c, const float* z, Token& token) {
     __m512 top = _mm512_set1_ps(-__builtin_inff());
     for (int64_t i = 0; i < kPair; ++i) {
       const __m512 y = sum_runs(z, c.runs, (i / 16 * 2 + half) * 256 + i % 16 * 16);
-      const __mmask16 keep = _mm512_cmp_ps_mask(y, _mm512_set1_ps(-__builtin_inff()), _CMP_NEQ_UQ);
+      __mmask16 keep;
       __m512 slope;
-      top = _mm512_mask_max_ps(top, keep, top, logit<kCap>(y, c.scale, c.softcap, &slope));
+      const __m512 x = logit<kCap>(y, c.scale, c.softcap, _mm512_setzero_ps(), &keep, &slope);
+      top = _mm512_max_ps(top, x);
     }
     const __mmask16 none = _mm512_cmp_ps_mask(top, _mm512_set1_ps(-__builtin_inff()), _CMP_EQ_OQ);
     _mm512_store_ps(token.top + half * 16, _mm512_mask_blend_ps(none, top, _mm512_setzero_ps()));
   }
 }
 
-// How many terms of a step's P the second product takes, the same for all of the 32 tokens, so that for each of them
-//   all three   where a word holds more than 2^-8 of the sum so far; two terms are off by at most 2^-16 of the word's
-//               share, rounded by a fixed dither, so errors of words that each hold less cancel to below 2^-21 of the sum
-//   two         else
-//   one         while all such words together hold less than 2^-14 of the sum (one term is off by at most 2^-8)
-//   none        while all such words together hold less than 2^-25 of it
+// How many terms of a step's P the second product takes, the same for all of the 32 tokens. Left out is
+//   the third term  while the words without it, if they were random, were off together by a standard deviation below
+//                   2^-22 (1 + |mean z'|) of the sum: cut at bf16's second term, a share P is off by a dithered error of
+//                   deviation below 2^-17 P, so the squares 2^-34 P^2 of all of them are held below 2^-44 (1 + ...)^2.
+//                   |z'| enters since rounding z' alone, in any float32 sum, is worth as much
+//   the second      while all words without it hold less than 2^-14 of the sum: one term is off by 2^-9 at most
+//   the first       while all words without any hold less than 2^-25 of it
 // Returns the number of terms and enters the step's sums.
 GRADSHIELD_INLINE int decide(Token& token, int64_t half, const Lanes& lanes, __mmask16 valid) {
   const int64_t at = half * 16;
   const __m512 sum = _mm512_add_ps(lanes.sum_even, lanes.sum_odd);
   const __m512 whole = _mm512_add_ps(_mm512_load_ps(token.whole + at), sum);
+  const __m512 pull = _mm512_add_ps(_mm512_load_ps(token.pull + at), lanes.pull);
   _mm512_store_ps(token.whole + at, whole);
+  _mm512_store_ps(token.pull + at, pull);
   for (int64_t i = 0; i < 2; ++i) {
     const __m256 part = i == 0 ? _mm512_castps512_ps256(sum) : _mm512_extractf32x8_ps(sum, 1);
     double* to = token.sum + at + 8 * i;
     _mm512_store_pd(to, _mm512_add_pd(_mm512_load_pd(to), _mm512_cvtps_pd(part)));
   }
-  auto exceeds = [&](__m512 x, float share) {
-    return (_mm512_cmp_ps_mask(x, _mm512_mul_ps(whole, _mm512_set1_ps(share)), _CMP_NLE_UQ) & valid) != 0;
-  };
-  if (exceeds(lanes.most, 0x1p-8f)) return 3;
-  if (exceeds(_mm512_add_ps(_mm512_load_ps(token.coarse + at), sum), 0x1p-14f)) return 2;
-  return exceeds(_mm512_add_ps(_mm512_load_ps(token.dropped + at), sum), 0x1p-25f) ? 1 : 0;
+  auto exceeds = [&](__m512 x, __m512 limit) { return (_mm512_cmp_ps_mask(x, limit, _CMP_NLE_UQ) & valid) != 0; };
+  // whole (1 + |mean z'|), and sum P^2 <= max P sum P, both over 2^10 to stay far from overflow
+  const __m512 reach = _mm512_fmadd_ps(_mm512_abs_ps(_mm512_fmadd_ps(lanes.top, whole, pull)), _mm512_set1_ps(0x1p-10f),
+                                       _mm512_mul_ps(whole, _mm512_set1_ps(0x1p-10f)));
+  const __m512 square = _mm512_fmadd_ps(_mm512_mul_ps(exp_or_nothing(lanes.above), _mm512_set1_ps(0x1p-10f)), sum,
+                                        _mm512_load_ps(token.squares + at));
+  if (exceeds(square, _mm512_mul_ps(reach, reach))) return 3;
+  const __m512 coarse = _mm512_add_ps(_mm512_load_ps(token.coarse + at), sum);
+  if (exceeds(coarse, _mm512_mul_ps(whole, _mm512_set1_ps(0x1p-14f)))) return 2;
+  const __m512 dropped = _mm512_add_ps(_mm512_load_ps(token.dropped + at), sum);
+  return exceeds(dropped, _mm512_mul_ps(whole, _mm512_set1_ps(0x1p-25f))) ? 1 : 0;
 }
 
-GRADSHIELD_INLINE void enter(float* counter, const Lanes& lanes) {
+// Enter a step's words among those that went without a term.
+GRADSHIELD_INLINE void enter(Token& token, int64_t half, const Lanes& lanes, int terms) {
+  const int64_t at = half * 16;
   const __m512 sum = _mm512_add_ps(lanes.sum_even, lanes.sum_odd);
-  _mm512_store_ps(counter, _mm512_add_ps(_mm512_load_ps(counter), sum));
+  const __m512 most = _mm512_mul_ps(exp_or_nothing(lanes.above), _mm512_set1_ps(0x1p-10f));
+  float* counter = terms == 2 ? token.squares : terms == 1 ? token.coarse : token.dropped;
+  const __m512 amount = terms == 2 ? _mm512_mul_ps(most, sum) : sum;
+  _mm512_store_ps(counter + at, _mm512_add_ps(_mm512_load_ps(counter + at), amount));
 }
 
-// The second product of one pair of column tiles over a block: [32 columns, 32 tokens], added to acc.
+// Add products to acc between the tile products of the next pair of columns, so that both units work at once.
+class Adder {
+ public:
+  explicit Adder(int64_t steps) : slice_((64 + steps - 1) / steps * 16) {}
+  void begin(float* acc) { to_ = acc, from_ = sums_[turn_], left_ = 1024, turn_ ^= 1; }
+  float* sums() { return sums_[turn_]; }
+  void some() { add(left_ < slice_ ? left_ : slice_); }
+  void rest() { add(left_); }
+
+ private:
+  inline __attribute__((always_inline)) void add(int64_t count) {
+    for (int64_t i = 0; i < count; i += 16)
+      _mm512_store_ps(to_ + i, _mm512_add_ps(_mm512_load_ps(to_ + i), _mm512_load_ps(from_ + i)));
+    to_ += count, from_ += count, left_ -= count;
+  }
+
+  alignas(64) float sums_[2][1024];
+  int64_t slice_, left_ = 0, turn_ = 0;
+  float* to_ = nullptr;
+  const float* from_ = nullptr;
+};
+
+// The second product of one pair of column tiles over a block: [32 columns, 32 tokens], to be added to acc.
 template <bool kOneTermOfW>
 GRADSHIELD_INLINE void second_product(const uint8_t* columns, int column_terms, const uint8_t* shares,
-                                      const uint8_t* terms, int64_t steps, bool all_terms, float* sums, float* acc) {
+                                      const uint8_t* terms, int64_t steps, bool all_terms, Adder& adder, float* acc) {
   zero_tiles();
   for (int64_t i = 0; i < steps; ++i) {
     const int count = all_terms ? kMaxTerms : terms[i];
-    if (count == 0) continue;
     const uint8_t* share = shares + i * kMaxTerms * 2 * kTileBytes;
-    if (kOneTermOfW) {
+    if (count > 0 && kOneTermOfW) {
       product_step(columns + i * 2 * kTileBytes, 1, share, count);
-    } else {
+    } else if (count > 0) {
       const uint8_t* column = columns + i * column_terms * 2 * kTileBytes;
-      for (int j = 0; j < column_terms; ++j) {
-        const int both = count < kMaxTerms - j ? count : kMaxTerms - j;
-        product_step(column + j * 2 * kTileBytes, 1, share, both);
-      }
+      for (int j = 0; j < column_terms; ++j)
+        product_step(column + j * 2 * kTileBytes, 1, share, count < kMaxTerms - j ? count : kMaxTerms - j);
     }
+    adder.some();
   }
-  store_tiles(sums);
-  for (int64_t i = 0; i < 1024; i += 16)
-    _mm512_store_ps(acc + i, _mm512_add_ps(_mm512_load_ps(acc + i), _mm512_load_ps(sums + i)));
+  adder.rest();
+  store_tiles(adder.sums());
+  adder.begin(acc);
 }
 
 // Move the reference of the lanes that have outgrown it, and everything that is relative to it.
@@ -334,10 +411,15 @@ void rescale(const Problem& problem, const Plan& plan, Token& token, const __m51
     const __mmask16 grown = _mm512_cmp_ps_mask(above[half], _mm512_set1_ps(kHeadroom), _CMP_GT_OQ);
     const __m512 old = _mm512_load_ps(token.top + at);
     const __m512 top = _mm512_mask_add_ps(old, grown, old, above[half]);
-    __m512 factor = exp_where(0xffff, _mm512_sub_ps(old, top));
+    __m512 factor = exp_or_nothing(_mm512_sub_ps(old, top));
     factor = _mm512_mask_blend_ps(grown, _mm512_set1_ps(1.f), factor);
     _mm512_store_ps(token.top + at, top);
-    for (float* x : {token.whole, token.coarse, token.dropped})
+    // pull is relative to the reference: sum P (z' - new) = sum P (z' - old) - (new - old) sum P
+    const __m512 pull = _mm512_fnmadd_ps(_mm512_sub_ps(top, old), _mm512_load_ps(token.whole + at),
+                                         _mm512_load_ps(token.pull + at));
+    _mm512_store_ps(token.pull + at, pull);
+    _mm512_store_ps(token.squares + at, _mm512_mul_ps(_mm512_load_ps(token.squares + at), factor));
+    for (float* x : {token.whole, token.pull, token.squares, token.coarse, token.dropped})
       _mm512_store_ps(x + at, _mm512_mul_ps(_mm512_load_ps(x + at), factor));
     for (int64_t tile = half; tile < plan.column_pairs * 4; tile += 2)
       for (int64_t i = 0; i < 16; ++i) {
@@ -403,10 +485,9 @@ bool softmax_block(const Problem& problem, const Plan& plan, const Scratch& s, c
                    const uint8_t* tokens, const __mmask16* valid, bool fresh, double* dot, __m512* above) {
   const int64_t row_bytes = plan.k_steps * plan.terms_w * 2 * kTileBytes;
   const bool dense = problem.directions > 0;
-  const Softmax c = {problem.scale, problem.softcap, runs_of(plan.k_steps), dense ? s.share_floats : nullptr};
+  const Softmax c = {problem.scale == 0 ? 1 : problem.scale, problem.softcap, runs_of(plan.k_steps), dense ? s.share_floats : nullptr};
   const int64_t units = (kPair + plan.k_steps - 1) / plan.k_steps;
   const Token before = token;
-  above[0] = above[1] = _mm512_set1_ps(-__builtin_inff());
   for (int64_t step = 0; step <= block.steps; ++step) {
     const float* ready = s.z[(step + 1) & 1];
     const int64_t last = step - 1;
@@ -414,7 +495,7 @@ bool softmax_block(const Problem& problem, const Plan& plan, const Scratch& s, c
     Lanes lanes[2];
     for (int64_t half = 0; half < 2; ++half) {
       const __m512 zero = _mm512_setzero_ps();
-      lanes[half] = {_mm512_load_ps(token.top + half * 16), zero, zero, zero, above[half]};
+      lanes[half] = {_mm512_load_ps(token.top + half * 16), zero, zero, zero, _mm512_set1_ps(-__builtin_inff())};
     }
     int64_t done = step == 0 ? kPair : 0;
     auto between = [&](int64_t) {
@@ -423,7 +504,7 @@ bool softmax_block(const Problem& problem, const Plan& plan, const Scratch& s, c
     };
     if (step < block.steps) {
       first_product(plan, s.rows + step * row_bytes, plan.terms_w, tokens, s.z[step & 1], between);
-      hide_words(token, block.word + step * kPair, block.word_end, s.z[step & 1]);
+      hide_words(token, block.word + step * kPair, block.word_end, hidden(c.scale), s.z[step & 1]);
       if (step == 0 && fresh) first_top<kCap>(c, s.z[0], token);
     }
     for (; done < kPair; ++done) two_words<kCap>(c, ready, done >> 1, done & 1, lanes[done & 1], shares);
@@ -439,8 +520,7 @@ bool softmax_block(const Problem& problem, const Plan& plan, const Scratch& s, c
     const int first = decide(token, 0, lanes[0], valid[0]), second = decide(token, 1, lanes[1], valid[1]);
     const int terms = first > second ? first : second;
     s.terms[last] = static_cast<uint8_t>(terms);
-    for (int64_t half = 0; half < 2 && terms < 2; ++half)
-      enter((terms == 1 ? token.coarse : token.dropped) + half * 16, lanes[half]);
+    for (int64_t half = 0; half < 2 && terms < 3; ++half) enter(token, half, lanes[half], terms);
     if (dense) direction_step(problem, plan, s, last, tokens, dot);
   }
   return true;
@@ -450,6 +530,7 @@ bool softmax_block(const Problem& problem, const Plan& plan, const Scratch& s, c
 
 int64_t packed_h_bytes(const Plan& plan) { return plan.pairs * plan.k_steps * plan.terms_h * 2 * kTileBytes; }
 
+// A scale of 0 is told as h = 0 and a scale of 1, so that hidden words stay apart from the rest.
 // [k_steps, terms_h, 2 token tiles][16 pairs of columns, 16 tokens of 32 bits]
 void pack_h(const Problem& problem, const Plan& plan, int64_t pair, uint8_t* packed) {
   for (int64_t k = 0; k < plan.k_steps; ++k) {
@@ -458,7 +539,7 @@ void pack_h(const Problem& problem, const Plan& plan, int64_t pair, uint8_t* pac
       for (int64_t i = 0; i < kTile; ++i) {
         const int64_t t = pair * kPair + half * kTile + i;
         __m512i out[kMaxTerms];
-        load_terms(problem.h, t < problem.tokens ? problem.index[t] : problem.h.rows, k * kPair, plan.terms_h, out);
+        load_terms(problem.h, t < problem.tokens && problem.scale != 0 ? problem.index[t] : problem.h.rows, k * kPair, plan.terms_h, out);
         for (int j = 0; j < plan.terms_h; ++j) lines[j][i] = out[j];
       }
       for (int j = 0; j < plan.terms_h; ++j) {
@@ -510,12 +591,13 @@ void run_item(const Problem& problem, const Plan& plan, const uint8_t* packed_h,
     __builtin_memset(out.acc + at * acc_size, 0, acc_size * sizeof(float));
     if (dot_size > 0) __builtin_memset(out.dot + at * dot_size, 0, dot_size * sizeof(double));
   }
-  alignas(64) float sums[1024];
   for (int64_t word = start; word < end; word += plan.steps_per_block * kPair) {
     Block block = {word, end, (end - word + kPair - 1) / kPair};
     if (block.steps > plan.steps_per_block) block.steps = plan.steps_per_block;
     pack_block(problem, plan, s, word, end, block.steps);
     tile_loads_follow();
+    const int64_t next = word + plan.steps_per_block * kPair, next_end = next + plan.steps_per_block * kPair;
+    Ahead ahead(problem.weight, next, next_end < end ? next_end : end, (pair_end - pair_start) * plan.column_pairs);
     for (int64_t pair = pair_start; pair < pair_end; ++pair) {
       Token& token = tokens[pair - pair_start];
       const int64_t at = chunk * plan.pairs + pair, left = problem.tokens - pair * kPair;
@@ -540,15 +622,18 @@ void run_item(const Problem& problem, const Plan& plan, const uint8_t* packed_h,
         fresh = false;
       }
       tile_loads_follow();
+      Adder adder(block.steps);
       for (int64_t i = 0; i < plan.column_pairs; ++i) {
+        ahead.some();
         const bool of_p = i >= plan.k_steps;
         const int64_t terms = terms_of_columns(plan, i);
         if (terms == 1)
-          second_product<true>(columns_at(plan, s, i), 1, s.shares, s.terms, block.steps, of_p, sums, acc + i * 1024);
+          second_product<true>(columns_at(plan, s, i), 1, s.shares, s.terms, block.steps, of_p, adder, acc + i * 1024);
         else
           second_product<false>(columns_at(plan, s, i), static_cast<int>(terms), s.shares, s.terms, block.steps, of_p,
-                                sums, acc + i * 1024);
+                                adder, acc + i * 1024);
       }
+      adder.rest();
     }
   }
   for (int64_t pair = pair_start; pair < pair_end; ++pair) {

@@ -63,7 +63,7 @@ Plan make_plan(const Problem& problem) {
   const int64_t step_bytes = 2 * kTileBytes *
                              (plan.k_steps * (2 * plan.terms_w + problem.directions * plan.terms_r) +
                               plan.rank_pairs * plan.terms_p);
-  plan.steps_per_block = std::clamp<int64_t>(kBlockBytes / step_bytes, 2, 16);
+  plan.steps_per_block = std::clamp<int64_t>(kBlockBytes / step_bytes, 2, 7);
 
   plan.groups = ceil_div(plan.pairs, kMaxGroupPairs);
   plan.group_pairs = ceil_div(plan.pairs, std::max<int64_t>(plan.groups, 1));

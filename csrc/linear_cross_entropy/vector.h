@@ -122,10 +122,10 @@ GRADSHIELD_INLINE __m512 reduced_expm1(__m512 x, __m512* n) {
   return _mm512_fmadd_ps(_mm512_mul_ps(rest, rest), q, rest);
 }
 
-// exp x where `keep` is set, else 0. NaN stays NaN.
+// exp x where `keep` is set, else 0; x below -1e5 must not be kept. NaN stays NaN.
 GRADSHIELD_INLINE __m512 exp_where(__mmask16 keep, __m512 x) {
   __m512 n;
-  const __m512 q = reduced_expm1(_mm512_max_ps(_mm512_set1_ps(-200.f), x), &n);
+  const __m512 q = reduced_expm1(x, &n);
   return _mm512_maskz_scalef_ps(keep, _mm512_add_ps(q, _mm512_set1_ps(1.f)), n);
 }
 
