@@ -250,34 +250,45 @@ struct Softmax {
   float* share_floats;  // null where no dense direction needs them
 };
 
-// Words 2 `row`, 2 `row` + 1 of a step for 16 tokens: P, its sums, and its three bf16 terms zipped for the product.
+struct Terms {
+  __m512 hi, mid, lo;
+};
+
+// One word of a step for 16 tokens: P, its sums, and its three bf16 terms in the upper halves.
 template <bool kCap>
-GRADSHIELD_INLINE void two_words(const Softmax& c, const float* z, int64_t row, int64_t half, Lanes& lanes,
-                                 uint8_t* shares) {
-  __m512 hi[2], mid[2], lo[2];
-  for (int i = 0; i < 2; ++i) {
-    const int64_t word = 2 * row + i;
-    const int64_t at = (word / 16 * 2 + half) * 256 + word % 16 * 16;
-    const __m512 y = sum_runs(z, c.runs, at);
-    __mmask16 keep;
-    __m512 slope;
-    const __m512 x = logit<kCap>(y, c.scale, c.softcap, lanes.top, &keep, &slope);
-    lanes.above = _mm512_max_ps(lanes.above, x);
-    __m512 share = exp_where(keep, x);
-    lanes.pull = _mm512_mask3_fmadd_ps(share, x, lanes.pull, keep);
-    (i == 0 ? lanes.sum_even : lanes.sum_odd) = _mm512_add_ps(i == 0 ? lanes.sum_even : lanes.sum_odd, share);
-    if (kCap) share = _mm512_maskz_mul_ps(keep, share, slope);
-    if (c.share_floats != nullptr) _mm512_store_ps(c.share_floats + at, share);
-    hi[i] = nearest(share);
-    const __m512 rest = _mm512_sub_ps(share, hi[i]);
-    mid[i] = chop(_mm512_castsi512_ps(
-        _mm512_add_epi32(_mm512_castps_si512(rest), _mm512_set1_epi32(static_cast<int>(kDither[word])))));
-    lo[i] = _mm512_sub_ps(rest, mid[i]);
+GRADSHIELD_INLINE Terms one_word(const Softmax& c, const float* z, int64_t at, int dither, Lanes& lanes, __m512& sum) {
+  const __m512 y = sum_runs(z, c.runs, at);
+  __mmask16 keep;
+  __m512 slope;
+  const __m512 x = logit<kCap>(y, c.scale, c.softcap, lanes.top, &keep, &slope);
+  lanes.above = _mm512_max_ps(lanes.above, x);
+  __m512 share = exp_where(keep, x);
+  lanes.pull = _mm512_mask3_fmadd_ps(share, x, lanes.pull, keep);
+  sum = _mm512_add_ps(sum, share);
+  if (kCap) share = _mm512_maskz_mul_ps(keep, share, slope);
+  if (c.share_floats != nullptr) _mm512_store_ps(c.share_floats + at, share);
+  Terms terms;
+  terms.hi = nearest(share);
+  const __m512 rest = _mm512_sub_ps(share, terms.hi);
+  terms.mid = chop(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(rest), _mm512_set1_epi32(dither))));
+  terms.lo = _mm512_sub_ps(rest, terms.mid);
+  return terms;
+}
+
+// Words 2 `row`, 2 `row` + 1 of a step for 32 tokens, zipped for the second product.
+template <bool kCap>
+GRADSHIELD_INLINE void two_words(const Softmax& c, const float* z, int64_t row, Lanes* lanes, uint8_t* shares) {
+  const int even = static_cast<int>(kDither[2 * row]), odd = static_cast<int>(kDither[2 * row + 1]);
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    const int64_t at = ((row >> 3) * 2 + half) * 256 + (row & 7) * 32;
+    const Terms first = one_word<kCap>(c, z, at, even, lanes[half], lanes[half].sum_even);
+    const Terms second = one_word<kCap>(c, z, at + 16, odd, lanes[half], lanes[half].sum_odd);
+    uint8_t* out = shares + half * kTileBytes + row * 64;
+    _mm512_store_si512(out, zip_upper(first.hi, second.hi));
+    _mm512_store_si512(out + 2 * kTileBytes, zip_upper(first.mid, second.mid));
+    _mm512_store_si512(out + 4 * kTileBytes, zip_upper(first.lo, second.lo));
   }
-  uint8_t* out = shares + half * kTileBytes + row * 64;
-  _mm512_store_si512(out, zip_upper(hi[0], hi[1]));
-  _mm512_store_si512(out + 2 * kTileBytes, zip_upper(mid[0], mid[1]));
-  _mm512_store_si512(out + 4 * kTileBytes, zip_upper(lo[0], lo[1]));
 }
 
 // Nothing in the place of the tokens' labels and of words beyond the chunk.
@@ -384,7 +395,7 @@ class Adder {
 
 // The second product of one pair of column tiles over a block: [32 columns, 32 tokens], to be added to acc.
 template <bool kOneTermOfW>
-GRADSHIELD_INLINE void second_product(const uint8_t* columns, int column_terms, const uint8_t* shares,
+__attribute__((noinline)) void second_product(const uint8_t* columns, int column_terms, const uint8_t* shares,
                                       const uint8_t* terms, int64_t steps, bool all_terms, Adder& adder, float* acc) {
   zero_tiles();
   for (int64_t i = 0; i < steps; ++i) {
@@ -437,7 +448,7 @@ void rescale(const Problem& problem, const Plan& plan, Token& token, const __m51
 
 // z of 32 words by 32 tokens into `out`, while the softmax of the 32 words before runs between the tile products: the
 // matrix unit and the vector unit then work at the same time.
-template <typename Between>
+template <bool kOneTerm, typename Between>
 GRADSHIELD_INLINE void first_product(const Plan& plan, const uint8_t* rows, int row_terms, const uint8_t* tokens,
                                      float* out, Between between) {
   const int64_t runs = runs_of(plan.k_steps);
@@ -445,9 +456,12 @@ GRADSHIELD_INLINE void first_product(const Plan& plan, const uint8_t* rows, int 
     const int64_t end = plan.k_steps * (run + 1) / runs;
     zero_tiles();
     for (; k < end; ++k) {
-      product_step(rows + k * row_terms * 2 * kTileBytes, row_terms, tokens + k * plan.terms_h * 2 * kTileBytes,
-                   plan.terms_h);
-      between(k);
+      if (kOneTerm)
+        product_step(rows + k * 2 * kTileBytes, 1, tokens + k * 2 * kTileBytes, 1);
+      else
+        product_step(rows + k * row_terms * 2 * kTileBytes, row_terms, tokens + k * plan.terms_h * 2 * kTileBytes,
+                     plan.terms_h);
+      between();
     }
     store_tiles(out + run * 1024);
   }
@@ -464,7 +478,7 @@ void direction_step(const Problem& problem, const Plan& plan, const Scratch& s, 
   for (int64_t j = 0; j < problem.directions; ++j) {
     const uint8_t* rows =
         s.direction + (j * plan.steps_per_block + step) * plan.k_steps * plan.terms_r * 2 * kTileBytes;
-    first_product(plan, rows, plan.terms_r, tokens, s.product, [](int64_t) {});
+    first_product<false>(plan, rows, plan.terms_r, tokens, s.product, [] {});
     for (int64_t half = 0; half < 2; ++half) {
       __m512 sum = _mm512_setzero_ps();
       for (int64_t i = 0; i < kPair; ++i) {
@@ -480,13 +494,13 @@ void direction_step(const Problem& problem, const Plan& plan, const Scratch& s, 
 
 // First product and softmax of a block for one pair of token tiles. False: a logit outgrew its reference, `above` says
 // by how much, and nothing of the block counts.
-template <bool kCap>
-bool softmax_block(const Problem& problem, const Plan& plan, const Scratch& s, const Block& block, Token& token,
+template <bool kCap, bool kOneTerm>
+__attribute__((noinline)) bool softmax_block(const Problem& problem, const Plan& plan, const Scratch& s, const Block& block, Token& token,
                    const uint8_t* tokens, const __mmask16* valid, bool fresh, double* dot, __m512* above) {
   const int64_t row_bytes = plan.k_steps * plan.terms_w * 2 * kTileBytes;
   const bool dense = problem.directions > 0;
   const Softmax c = {problem.scale == 0 ? 1 : problem.scale, problem.softcap, runs_of(plan.k_steps), dense ? s.share_floats : nullptr};
-  const int64_t units = (kPair + plan.k_steps - 1) / plan.k_steps;
+  const int64_t units = (kTile + plan.k_steps - 1) / plan.k_steps;
   const Token before = token;
   for (int64_t step = 0; step <= block.steps; ++step) {
     const float* ready = s.z[(step + 1) & 1];
@@ -497,17 +511,16 @@ bool softmax_block(const Problem& problem, const Plan& plan, const Scratch& s, c
       const __m512 zero = _mm512_setzero_ps();
       lanes[half] = {_mm512_load_ps(token.top + half * 16), zero, zero, zero, _mm512_set1_ps(-__builtin_inff())};
     }
-    int64_t done = step == 0 ? kPair : 0;
-    auto between = [&](int64_t) {
-      for (int64_t i = 0; i < units && done < kPair; ++i, ++done)
-        two_words<kCap>(c, ready, done >> 1, done & 1, lanes[done & 1], shares);
+    int64_t done = step == 0 ? kTile : 0;
+    auto between = [&] {
+      for (int64_t i = 0; i < units && done < kTile; ++i, ++done) two_words<kCap>(c, ready, done, lanes, shares);
     };
     if (step < block.steps) {
-      first_product(plan, s.rows + step * row_bytes, plan.terms_w, tokens, s.z[step & 1], between);
+      first_product<kOneTerm>(plan, s.rows + step * row_bytes, plan.terms_w, tokens, s.z[step & 1], between);
       hide_words(token, block.word + step * kPair, block.word_end, hidden(c.scale), s.z[step & 1]);
       if (step == 0 && fresh) first_top<kCap>(c, s.z[0], token);
     }
-    for (; done < kPair; ++done) two_words<kCap>(c, ready, done >> 1, done & 1, lanes[done & 1], shares);
+    for (; done < kTile; ++done) two_words<kCap>(c, ready, done, lanes, shares);
     if (step == 0) continue;
     for (int64_t half = 0; half < 2; ++half) above[half] = lanes[half].above;
     const __m512 most = _mm512_max_ps(above[0], above[1]);
@@ -591,6 +604,9 @@ void run_item(const Problem& problem, const Plan& plan, const uint8_t* packed_h,
     __builtin_memset(out.acc + at * acc_size, 0, acc_size * sizeof(float));
     if (dot_size > 0) __builtin_memset(out.dot + at * dot_size, 0, dot_size * sizeof(double));
   }
+  const bool one = plan.terms_w == 1 && plan.terms_h == 1;
+  const auto step = problem.softcap > 0 ? (one ? softmax_block<true, true> : softmax_block<true, false>)
+                                        : (one ? softmax_block<false, true> : softmax_block<false, false>);
   for (int64_t word = start; word < end; word += plan.steps_per_block * kPair) {
     Block block = {word, end, (end - word + kPair - 1) / kPair};
     if (block.steps > plan.steps_per_block) block.steps = plan.steps_per_block;
@@ -609,9 +625,7 @@ void run_item(const Problem& problem, const Plan& plan, const uint8_t* packed_h,
       __m512 above[2];
       bool fresh = word == start;
       auto softmax = [&] {
-        return problem.softcap > 0
-                   ? softmax_block<true>(problem, plan, s, block, token, packed, valid, fresh, dot, above)
-                   : softmax_block<false>(problem, plan, s, block, token, packed, valid, fresh, dot, above);
+        return step(problem, plan, s, block, token, packed, valid, fresh, dot, above);
       };
       const Buffer<double> kept = allocate<double>(dot_size);
       __builtin_memcpy(kept.get(), dot, dot_size * sizeof(double));
