@@ -28,7 +28,7 @@ def extensions() -> list[Pybind11Extension]:
         Pybind11Extension(
             "gradshield_fast._native_head",
             [str(folder / name) for name in SOURCES],
-            depends=[str(folder / name) for name in ("head.h", "vector.h")],
+            depends=[str(folder / name) for name in ("element.h", "head.h", "vector.h")],
             include_dirs=[str(ROOT)],
             cxx_std=17,
             extra_compile_args=["-O3", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-pthread"],

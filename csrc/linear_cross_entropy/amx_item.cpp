@@ -531,7 +531,7 @@ __attribute__((noinline)) bool softmax_block(const Problem& problem, const Plan&
       return false;
     }
     const int first = decide(token, 0, lanes[0], valid[0]), second = decide(token, 1, lanes[1], valid[1]);
-    const int terms = first > second ? first : second;
+    const int terms = plan.every_term ? kMaxTerms : first > second ? first : second;
     s.terms[last] = static_cast<uint8_t>(terms);
     for (int64_t half = 0; half < 2 && terms < 3; ++half) enter(token, half, lanes[half], terms);
     if (dense) direction_step(problem, plan, s, last, tokens, dot);

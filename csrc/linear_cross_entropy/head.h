@@ -48,6 +48,7 @@ struct Plan {
   int64_t words_per_chunk, chunks;            // the vocabulary, cut for the threads
   int64_t steps_per_block;                    // words in 32s that are packed at once
   int terms_h, terms_w, terms_p, terms_r;
+  bool every_term;  // leave no term of the shares out
 };
 
 // Partial sums of every chunk, [chunks, pairs, ...]; acc holds tiles of 16 columns by 16 tokens.
