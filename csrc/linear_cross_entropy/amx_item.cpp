@@ -25,7 +25,8 @@ constexpr float kHeadroom = 20.f;
 // exp of less than this is nothing beside e^0.
 constexpr float kNothing = -150.f;
 
-// Partial products along d are added in runs of this many tile steps, so that same-signed sums keep their digits.
+// Products along d are cut into runs of about this many tile steps, which are added up afterwards: same-signed sums keep
+// their digits, and where there is more than one run, its part of h stays in L1 for all words of a block.
 constexpr int64_t kRunSteps = 20;
 
 struct Lanes {
@@ -38,11 +39,11 @@ struct Scratch {
   uint8_t* p_rows;      // [rank_pairs, terms_p, 2][1 KB] p, for as long as it takes to transpose it
   uint8_t* columns;     // [column_pairs][steps, terms, 2][1 KB] W and p transposed, 16 columns by 32 words
   uint8_t* direction;   // [directions][steps, k_steps, terms_r, 2][1 KB]
-  uint8_t* shares;      // [steps, 3 terms, 2][1 KB] P as bf16 terms, pairs of words by 16 tokens
-  float* z[2];          // [runs][2 words, 2 tokens][16, 16]
-  float* product;       // the same for a direction
+  uint8_t* shares;      // [pairs at once, steps, 3 terms, 2][1 KB] P as bf16 terms, pairs of words by 16 tokens
+  float* z;             // [steps][runs][2 words, 2 tokens][16, 16]; of two steps in turn where there is one run
+  float* product;       // the same for a direction and one step
   float* share_floats;  // [2 words, 2 tokens][16, 16] P s as floats
-  uint8_t* terms;       // [steps] how many terms of P each step's second product takes
+  uint8_t* terms;       // [pairs at once, steps] how many terms of P each step's second product takes
 };
 
 struct Token {  // what one pair of 16 tokens carries through a chunk
@@ -51,11 +52,7 @@ struct Token {  // what one pair of 16 tokens carries through a chunk
   alignas(64) double sum[kPair];
 };
 
-int64_t runs_of(int64_t k_steps) { return (k_steps + kRunSteps - 1) / kRunSteps; }
-
-int64_t terms_of_columns(const Plan& plan, int64_t pair) {
-  return pair < plan.k_steps ? plan.terms_w : plan.terms_p;
-}
+int64_t runs_of(const Plan& plan) { return (plan.k_steps + kRunSteps - 1) / kRunSteps; }
 
 int64_t column_tiles(const Plan& plan) {
   return 2 * plan.steps_per_block * (plan.k_steps * plan.terms_w + plan.rank_pairs * plan.terms_p);
@@ -76,18 +73,17 @@ Scratch share_out(const Problem& problem, const Plan& plan, uint8_t* memory, int
     at += (bytes + 63) / 64 * 64;
     return start;
   };
-  const int64_t steps = plan.steps_per_block, z_bytes = runs_of(plan.k_steps) * 4 * kTileBytes;
+  const int64_t steps = plan.steps_per_block, z_bytes = runs_of(plan) * 4 * kTileBytes;
   Scratch s;
   s.rows = take(steps * plan.k_steps * plan.terms_w * 2 * kTileBytes);
   s.p_rows = take(plan.rank_pairs * plan.terms_p * 2 * kTileBytes);
   s.columns = take(column_tiles(plan) * kTileBytes);
   s.direction = take(problem.directions * steps * plan.k_steps * plan.terms_r * 2 * kTileBytes);
-  s.shares = take(steps * kMaxTerms * 2 * kTileBytes);
-  s.z[0] = reinterpret_cast<float*>(take(z_bytes));
-  s.z[1] = reinterpret_cast<float*>(take(z_bytes));
+  s.shares = take(plan.pairs_at_once * steps * kMaxTerms * 2 * kTileBytes);
+  s.z = reinterpret_cast<float*>(take(steps * z_bytes));
   s.product = reinterpret_cast<float*>(take(z_bytes));
   s.share_floats = reinterpret_cast<float*>(take(4 * kTileBytes));
-  s.terms = take(steps);
+  s.terms = take(plan.pairs_at_once * steps);
   *used = at - memory;
   return s;
 }
@@ -446,25 +442,22 @@ void rescale(const Problem& problem, const Plan& plan, Token& token, const __m51
   }
 }
 
-// z of 32 words by 32 tokens into `out`, while the softmax of the 32 words before runs between the tile products: the
-// matrix unit and the vector unit then work at the same time.
+// One run of the product of 32 words by 32 tokens. `between` is vector work that is done between the tile products: the
+// matrix unit and the vector units then work at the same time.
 template <bool kOneTerm, typename Between>
-GRADSHIELD_INLINE void first_product(const Plan& plan, const uint8_t* rows, int row_terms, const uint8_t* tokens,
-                                     float* out, Between between) {
-  const int64_t runs = runs_of(plan.k_steps);
-  for (int64_t run = 0, k = 0; run < runs; ++run) {
-    const int64_t end = plan.k_steps * (run + 1) / runs;
-    zero_tiles();
-    for (; k < end; ++k) {
-      if (kOneTerm)
-        product_step(rows + k * 2 * kTileBytes, 1, tokens + k * 2 * kTileBytes, 1);
-      else
-        product_step(rows + k * row_terms * 2 * kTileBytes, row_terms, tokens + k * plan.terms_h * 2 * kTileBytes,
-                     plan.terms_h);
-      between();
-    }
-    store_tiles(out + run * 1024);
+GRADSHIELD_INLINE void run_product(const Plan& plan, int64_t run, const uint8_t* rows, int row_terms,
+                                   const uint8_t* tokens, float* out, Between between) {
+  const int64_t runs = runs_of(plan), end = plan.k_steps * (run + 1) / runs;
+  zero_tiles();
+  for (int64_t k = plan.k_steps * run / runs; k < end; ++k) {
+    if (kOneTerm)
+      product_step(rows + k * 2 * kTileBytes, 1, tokens + k * 2 * kTileBytes, 1);
+    else
+      product_step(rows + k * row_terms * 2 * kTileBytes, row_terms, tokens + k * plan.terms_h * 2 * kTileBytes,
+                   plan.terms_h);
+    between();
   }
+  store_tiles(out + run * 1024);
 }
 
 struct Block {
@@ -474,11 +467,12 @@ struct Block {
 // Dense directions: dot[k, t] += sum_v P s[v, t] (r_k[v] . h[t]) over one step.
 void direction_step(const Problem& problem, const Plan& plan, const Scratch& s, int64_t step, const uint8_t* tokens,
                     double* dot) {
-  const int64_t runs = runs_of(plan.k_steps);
+  const int64_t runs = runs_of(plan);
   for (int64_t j = 0; j < problem.directions; ++j) {
     const uint8_t* rows =
         s.direction + (j * plan.steps_per_block + step) * plan.k_steps * plan.terms_r * 2 * kTileBytes;
-    first_product<false>(plan, rows, plan.terms_r, tokens, s.product, [] {});
+    for (int64_t run = 0; run < runs; ++run)
+      run_product<false>(plan, run, rows, plan.terms_r, tokens, s.product, [] {});
     for (int64_t half = 0; half < 2; ++half) {
       __m512 sum = _mm512_setzero_ps();
       for (int64_t i = 0; i < kPair; ++i) {
@@ -499,13 +493,19 @@ __attribute__((noinline)) bool softmax_block(const Problem& problem, const Plan&
                    const uint8_t* tokens, const __mmask16* valid, bool fresh, double* dot, __m512* above) {
   const int64_t row_bytes = plan.k_steps * plan.terms_w * 2 * kTileBytes;
   const bool dense = problem.directions > 0;
-  const Softmax c = {problem.scale == 0 ? 1 : problem.scale, problem.softcap, runs_of(plan.k_steps), dense ? s.share_floats : nullptr};
-  const int64_t units = (kTile + plan.k_steps - 1) / plan.k_steps;
+  const Softmax c = {problem.scale == 0 ? 1 : problem.scale, problem.softcap, runs_of(plan), dense ? s.share_floats : nullptr};
+  const int64_t runs = c.runs, last_run = plan.k_steps - plan.k_steps * (runs - 1) / runs;
+  const int64_t units = (kTile + last_run - 1) / last_run;
+  const int64_t turns = runs == 1 ? 1 : -1;  // mask of the step in Scratch::z
   const Token before = token;
+  for (int64_t run = 0; run + 1 < runs; ++run)
+    for (int64_t step = 0; step < block.steps; ++step)
+      run_product<kOneTerm>(plan, run, s.rows + step * row_bytes, plan.terms_w, tokens, s.z + step * runs * 1024, [] {});
   for (int64_t step = 0; step <= block.steps; ++step) {
-    const float* ready = s.z[(step + 1) & 1];
-    const int64_t last = step - 1;
-    uint8_t* shares = s.shares + (step == 0 ? 0 : last) * kMaxTerms * 2 * kTileBytes;
+    const int64_t last = step == 0 ? 0 : step - 1;
+    const float* ready = s.z + (last & turns) * runs * 1024;
+    float* z = s.z + (step & turns) * runs * 1024;
+    uint8_t* shares = s.shares + last * kMaxTerms * 2 * kTileBytes;
     Lanes lanes[2];
     for (int64_t half = 0; half < 2; ++half) {
       const __m512 zero = _mm512_setzero_ps();
@@ -516,9 +516,9 @@ __attribute__((noinline)) bool softmax_block(const Problem& problem, const Plan&
       for (int64_t i = 0; i < units && done < kTile; ++i, ++done) two_words<kCap>(c, ready, done, lanes, shares);
     };
     if (step < block.steps) {
-      first_product<kOneTerm>(plan, s.rows + step * row_bytes, plan.terms_w, tokens, s.z[step & 1], between);
-      hide_words(token, block.word + step * kPair, block.word_end, hidden(c.scale), s.z[step & 1]);
-      if (step == 0 && fresh) first_top<kCap>(c, s.z[0], token);
+      run_product<kOneTerm>(plan, runs - 1, s.rows + step * row_bytes, plan.terms_w, tokens, z, between);
+      hide_words(token, block.word + step * kPair, block.word_end, hidden(c.scale), z);
+      if (step == 0 && fresh) first_top<kCap>(c, z, token);
     }
     for (; done < kTile; ++done) two_words<kCap>(c, ready, done, lanes, shares);
     if (step == 0) continue;
@@ -537,6 +537,26 @@ __attribute__((noinline)) bool softmax_block(const Problem& problem, const Plan&
     if (dense) direction_step(problem, plan, s, last, tokens, dot);
   }
   return true;
+}
+
+Scratch of_pair(const Plan& plan, const Scratch& s, int64_t pair) {
+  Scratch mine = s;
+  mine.shares += pair * plan.steps_per_block * kMaxTerms * 2 * kTileBytes;
+  mine.terms += pair * plan.steps_per_block;
+  return mine;
+}
+
+// The second products of a block for one pair of token tiles: columns of W, then of p, whose shares keep every term.
+void multiply_block(const Plan& plan, const Scratch& s, const Block& block, Ahead& ahead, float* acc) {
+  Adder adder(block.steps);
+  for (int64_t i = 0; i < plan.column_pairs; ++i) {
+    ahead.some();
+    const bool of_p = i >= plan.k_steps;
+    const int terms = of_p ? plan.terms_p : plan.terms_w;
+    const auto product = terms == 1 ? second_product<true> : second_product<false>;
+    product(columns_at(plan, s, i), terms, s.shares, s.terms, block.steps, of_p, adder, acc + i * 1024);
+  }
+  adder.rest();
 }
 
 }  // namespace
@@ -605,8 +625,8 @@ void run_item(const Problem& problem, const Plan& plan, const uint8_t* packed_h,
     if (dot_size > 0) __builtin_memset(out.dot + at * dot_size, 0, dot_size * sizeof(double));
   }
   const bool one = plan.terms_w == 1 && plan.terms_h == 1;
-  const auto step = problem.softcap > 0 ? (one ? softmax_block<true, true> : softmax_block<true, false>)
-                                        : (one ? softmax_block<false, true> : softmax_block<false, false>);
+  const auto softmax = problem.softcap > 0 ? (one ? softmax_block<true, true> : softmax_block<true, false>)
+                                           : (one ? softmax_block<false, true> : softmax_block<false, false>);
   for (int64_t word = start; word < end; word += plan.steps_per_block * kPair) {
     Block block = {word, end, (end - word + kPair - 1) / kPair};
     if (block.steps > plan.steps_per_block) block.steps = plan.steps_per_block;
@@ -620,34 +640,25 @@ void run_item(const Problem& problem, const Plan& plan, const uint8_t* packed_h,
       const uint32_t live = left >= kPair ? ~0u : (1u << left) - 1;
       const __mmask16 valid[2] = {static_cast<__mmask16>(live), static_cast<__mmask16>(live >> 16)};
       const uint8_t* packed = packed_h + pair * plan.k_steps * plan.terms_h * 2 * kTileBytes;
+      const Scratch mine = of_pair(plan, s, (pair - pair_start) % plan.pairs_at_once);
       float* acc = out.acc + at * acc_size;
       double* dot = out.dot + at * dot_size;
       __m512 above[2];
       bool fresh = word == start;
-      auto softmax = [&] {
-        return step(problem, plan, s, block, token, packed, valid, fresh, dot, above);
-      };
       const Buffer<double> kept = allocate<double>(dot_size);
       __builtin_memcpy(kept.get(), dot, dot_size * sizeof(double));
-      while (!softmax()) {
+      while (!softmax(problem, plan, mine, block, token, packed, valid, fresh, dot, above)) {
         __builtin_memcpy(dot, kept.get(), dot_size * sizeof(double));
         rescale(problem, plan, token, above, acc, dot);
         __builtin_memcpy(kept.get(), dot, dot_size * sizeof(double));
         fresh = false;
       }
       tile_loads_follow();
-      Adder adder(block.steps);
-      for (int64_t i = 0; i < plan.column_pairs; ++i) {
-        ahead.some();
-        const bool of_p = i >= plan.k_steps;
-        const int64_t terms = terms_of_columns(plan, i);
-        if (terms == 1)
-          second_product<true>(columns_at(plan, s, i), 1, s.shares, s.terms, block.steps, of_p, adder, acc + i * 1024);
-        else
-          second_product<false>(columns_at(plan, s, i), static_cast<int>(terms), s.shares, s.terms, block.steps, of_p,
-                                adder, acc + i * 1024);
-      }
-      adder.rest();
+      const int64_t done = (pair - pair_start) % plan.pairs_at_once + 1;
+      if (done < plan.pairs_at_once && pair + 1 < pair_end) continue;
+      for (int64_t i = 0; i < done; ++i)
+        multiply_block(plan, of_pair(plan, s, i), block, ahead,
+                       out.acc + (chunk * plan.pairs + pair + 1 - done + i) * acc_size);
     }
   }
   for (int64_t pair = pair_start; pair < pair_end; ++pair) {

@@ -16,7 +16,7 @@ namespace {
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 // Bytes of the packed block of the vocabulary, and of acc, that share a core's L2 with each other.
-constexpr int64_t kBlockBytes = 1 << 20, kMaxGroupPairs = 16;
+constexpr int64_t kBlockBytes = 1 << 21, kMaxGroupPairs = 16, kWideSteps = 32;
 
 // Workers that live for one call, so that a fork between calls finds none. Which of them takes an item changes no bit.
 template <typename Work>
@@ -81,6 +81,8 @@ Plan make_plan(const Problem& problem) {
 
   plan.groups = ceil_div(plan.pairs, kMaxGroupPairs);
   plan.group_pairs = ceil_div(plan.pairs, std::max<int64_t>(plan.groups, 1));
+  // Wide rows: L2 holds the tiles of either product, but not of both beside a pair's sums.
+  plan.pairs_at_once = plan.k_steps > kWideSteps ? plan.group_pairs : 1;
   // Enough items for many cores, yet few enough that the chunks' partial sums stay small beside one row of logits.
   const int64_t wanted = ceil_div(32, std::max<int64_t>(plan.groups, 1));
   const int64_t chunks = std::max<int64_t>(1, std::min({wanted, vocabulary / (8 * d + 1), vocabulary / 1024}));

@@ -47,6 +47,7 @@ struct Plan {
   int64_t pairs, group_pairs, groups;         // tokens in 32s; groups of them that share a packed block
   int64_t words_per_chunk, chunks;            // the vocabulary, cut for the threads
   int64_t steps_per_block;                    // words in 32s that are packed at once
+  int64_t pairs_at_once;                      // pairs whose first products are all done before their second ones
   int terms_h, terms_w, terms_p, terms_r;
   bool every_term;  // leave no term of the shares out
 };
