@@ -10,7 +10,9 @@ namespace {
 
 constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA of Linux
 
-bool has(uint32_t bits, int bit) { return (bits >> bit & 1) != 0; }
+bool has(uint32_t bits, int bit) {
+  return (bits >> bit & 1) != 0;
+}
 
 const char* look() {
   uint32_t a = 0, b = 0, c = 0, d = 0;

@@ -1,4 +1,5 @@
-// From the chunks' partial sums to losses, dL/dh and the head's position terms, in float64 where a token has one number.
+// From the chunks' partial sums to losses, dL/dh and the head's position terms, in float64 where a token has one
+// number.
 #include <cmath>
 #include <cstring>
 
@@ -91,8 +92,8 @@ void finish_pair(const Problem& problem, const Plan& plan, const Partial& in, in
       problem.dh[row * d + i] =
           static_cast<float>(static_cast<double>(from[i]) + own * element(problem.weight, label, i));
     for (int64_t i = 0; i < ranks; ++i)
-      problem.pulled[row * ranks + i] = static_cast<float>(static_cast<double>(from[plan.k_steps * kPair + i]) +
-                                                           own * element(problem.p, label, i));
+      problem.pulled[row * ranks + i] =
+          static_cast<float>(static_cast<double>(from[plan.k_steps * kPair + i]) + own * element(problem.p, label, i));
     for (int64_t j = 0; j < problem.directions; ++j) {
       double dot = own * row_product(problem.h, row, problem.r[j], label);
       for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {

@@ -1,4 +1,6 @@
 // How the fused head's work is cut and shared among threads.
+#include "csrc/linear_cross_entropy/head.h"
+
 #include <algorithm>
 #include <atomic>
 #include <exception>
@@ -8,12 +10,13 @@
 #include <vector>
 
 #include "csrc/linear_cross_entropy/element.h"
-#include "csrc/linear_cross_entropy/head.h"
 
 namespace gradshield::head {
 namespace {
 
-int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+int64_t ceil_div(int64_t x, int64_t y) {
+  return (x + y - 1) / y;
+}
 
 // Bytes of the packed block of the vocabulary, and of acc, that share a core's L2 with each other.
 constexpr int64_t kBlockBytes = 1 << 21, kMaxGroupPairs = 16, kWideSteps = 32;
@@ -47,15 +50,16 @@ void parallel(int threads, int64_t items, int64_t scratch_bytes, const Work& wor
   if (failure) std::rethrow_exception(failure);
 }
 
-// Leaving terms out counts on errors that cancel over many words. They do not in a column that few words have a part in,
-// so a vocabulary that is short, or a weight whose sampled rows are mostly zeros, is taken with every term.
+// Leaving terms out counts on errors that cancel over many words. They do not in a column that few words have a part
+// in, so a vocabulary that is short, or a weight whose sampled rows are mostly zeros, is taken with every term.
 constexpr int64_t kManyWords = 2048, kSampledRows = 64;
 
 bool needs_every_term(const Matrix& weight) {
   if (weight.rows < kManyWords) return true;
   int64_t zeros = 0;
   for (int64_t i = 0; i < kSampledRows; ++i)
-    for (int64_t k = 0; k < weight.cols; ++k) zeros += element(weight, i * (weight.rows - 1) / (kSampledRows - 1), k) == 0;
+    for (int64_t k = 0; k < weight.cols; ++k)
+      zeros += element(weight, i * (weight.rows - 1) / (kSampledRows - 1), k) == 0;
   return 2 * zeros > kSampledRows * weight.cols;
 }
 
@@ -71,12 +75,13 @@ Plan make_plan(const Problem& problem) {
   plan.every_term = needs_every_term(problem.weight);
   plan.k_steps = std::max<int64_t>(1, ceil_div(d, kPair));
   plan.rank_pairs = ceil_div(problem.p.cols, kPair);
+  plan.half_rank_pair = problem.p.cols % kPair > 0 && problem.p.cols % kPair <= kTile;
   plan.column_pairs = plan.k_steps + plan.rank_pairs;
   plan.pairs = ceil_div(problem.tokens, kPair);
 
-  const int64_t step_bytes = 2 * kTileBytes *
-                             (plan.k_steps * (2 * plan.terms_w + problem.directions * plan.terms_r) +
-                              plan.rank_pairs * plan.terms_p);
+  const int64_t step_bytes =
+      2 * kTileBytes *
+      (plan.k_steps * (2 * plan.terms_w + problem.directions * plan.terms_r) + plan.rank_pairs * plan.terms_p);
   plan.steps_per_block = std::clamp<int64_t>(kBlockBytes / step_bytes, 2, 7);
 
   plan.groups = ceil_div(plan.pairs, kMaxGroupPairs);
@@ -103,9 +108,8 @@ void run(const Problem& problem) {
   const Buffer<double> dot = allocate<double>(each * problem.directions);
   const Partial partial = {acc.get(), top.get(), sum.get(), dot.get()};
   const int64_t pair_bytes = packed_h_bytes(plan) / plan.pairs;
-  parallel(problem.threads, plan.pairs, 0, [&](int64_t pair, uint8_t*) {
-    pack_h(problem, plan, pair, packed.get() + pair * pair_bytes);
-  });
+  parallel(problem.threads, plan.pairs, 0,
+           [&](int64_t pair, uint8_t*) { pack_h(problem, plan, pair, packed.get() + pair * pair_bytes); });
   parallel(problem.threads, plan.groups * plan.chunks, scratch_bytes(problem, plan),
            [&](int64_t item, uint8_t* scratch) {
              run_item(problem, plan, packed.get(), partial, item % plan.groups, item / plan.groups, scratch);

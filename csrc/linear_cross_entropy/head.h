@@ -29,9 +29,9 @@ struct Problem {
   Matrix h, weight, p;        // [live tokens through `index`, d] [vocabulary, d] [vocabulary, ranks] or no data
   const Matrix* r = nullptr;  // [directions] of [vocabulary, d]
   int64_t directions = 0;
-  const int64_t* index = nullptr;         // [tokens] the rows of h that have a loss
-  const int64_t* labels = nullptr;        // [tokens] their labels
-  const float* token_weight = nullptr;    // [tokens] or null: 1
+  const int64_t* index = nullptr;       // [tokens] the rows of h that have a loss
+  const int64_t* labels = nullptr;      // [tokens] their labels
+  const float* token_weight = nullptr;  // [tokens] or null: 1
   int64_t tokens = 0;
   float scale = 1, softcap = 0;  // softcap 0: none
   float* loss = nullptr;         // [rows of h], zero where no token points
@@ -49,7 +49,8 @@ struct Plan {
   int64_t steps_per_block;                    // words in 32s that are packed at once
   int64_t pairs_at_once;                      // pairs whose first products are all done before their second ones
   int terms_h, terms_w, terms_p, terms_r;
-  bool every_term;  // leave no term of the shares out
+  bool half_rank_pair;  // the last 32 ranks are 16 or fewer
+  bool every_term;      // leave no term of the shares out
 };
 
 // Partial sums of every chunk, [chunks, pairs, ...]; acc holds tiles of 16 columns by 16 tokens.

@@ -111,7 +111,8 @@ GRADSHIELD_INLINE void transpose(__m512i* x) {
 // expm1 of the part of x beyond n ln 2, |x - n ln 2| <= ln 2 / 2; relative error of 1 + result below 2^-28 in exact
 // arithmetic. The two parts of ln 2 keep x - n ln 2 exact to the last bit for |n| < 2^9.
 GRADSHIELD_INLINE __m512 reduced_expm1(__m512 x, __m512* n) {
-  *n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  *n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
+                            _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m512 rest = _mm512_fnmadd_ps(*n, _mm512_set1_ps(0x1.62e4p-1f), x);
   rest = _mm512_fnmadd_ps(*n, _mm512_set1_ps(0x1.7f7d1cp-20f), rest);
   __m512 q = _mm512_set1_ps(0x1.6a2256p-10f);
