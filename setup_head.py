@@ -28,10 +28,20 @@ def extensions() -> list[Pybind11Extension]:
         Pybind11Extension(
             "gradshield_fast._native_head",
             [str(folder / name) for name in SOURCES],
-            depends=[str(folder / name) for name in ("element.h", "head.h", "scratch.h", "softmax.h", "tiles.h", "vector.h")],
+            depends=[
+                str(folder / name) for name in ("element.h", "head.h", "scratch.h", "softmax.h", "tiles.h", "vector.h")
+            ],
             include_dirs=[str(ROOT)],
             cxx_std=17,
-            extra_compile_args=["-O3", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-pthread"],
+            extra_compile_args=[
+                "-O3",
+                "-fno-math-errno",
+                "-Wall",
+                "-Wextra",
+                "-Wno-uninitialized",
+                "-Wno-maybe-uninitialized",
+                "-pthread",
+            ],
             extra_link_args=["-pthread"],
         )
     ]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 
-
 try:
     from gradshield_fast import _native_head
 except ImportError:  # not built here: `why_not` says so

@@ -118,7 +118,9 @@ def test_any_strides_give_the_same_bits() -> None:
     r = torch.randn(2, 900, 70, generator=generator)
     plain = linear_cross_entropy(h, weight, labels, r=r, backend="native")
     h_t, weight_t = h.T.contiguous().T, weight.T.contiguous().T
-    odd = linear_cross_entropy(h_t, weight_t, labels, r=r.transpose(1, 2).contiguous().transpose(1, 2), backend="native")
+    odd = linear_cross_entropy(
+        h_t, weight_t, labels, r=r.transpose(1, 2).contiguous().transpose(1, 2), backend="native"
+    )
     every_other = torch.full((90, 140), float("nan")).bfloat16()
     every_other[::2, ::2] = h
     wide = linear_cross_entropy(every_other[::2, ::2], weight, labels, r=r, backend="native")
