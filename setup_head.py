@@ -12,6 +12,9 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
+QUIET = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
+"""What g++ 12 says of its own AVX-512 headers."""
+
 SOURCES = ("amx_item.cpp", "cpu.cpp", "finish.cpp", "head.cpp", "module.cpp")
 
 
@@ -28,20 +31,10 @@ def extensions() -> list[Pybind11Extension]:
         Pybind11Extension(
             "gradshield_fast._native_head",
             [str(folder / name) for name in SOURCES],
-            depends=[
-                str(folder / name) for name in ("element.h", "head.h", "scratch.h", "softmax.h", "tiles.h", "vector.h")
-            ],
+            depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / folder).glob("*.h"))],
             include_dirs=[str(ROOT)],
             cxx_std=17,
-            extra_compile_args=[
-                "-O3",
-                "-fno-math-errno",
-                "-Wall",
-                "-Wextra",
-                "-Wno-uninitialized",
-                "-Wno-maybe-uninitialized",
-                "-pthread",
-            ],
+            extra_compile_args=["-O3", "-fno-math-errno", "-pthread", "-Wall", "-Wextra", *QUIET],
             extra_link_args=["-pthread"],
         )
     ]

@@ -142,9 +142,8 @@ def main() -> None:
     memory = {
         name: float(subprocess.check_output([sys.executable, *sys.argv, "--peak", name]).decode()) for name in best
     }
-    print(
-        f"{device_name()}; {options.tokens} tokens, {options.vocabulary} x {options.d}, {options.dtype}, {options.logits}"
-    )
+    sizes = f"{options.tokens} tokens, {options.vocabulary} x {options.d}"
+    print(f"{device_name()}; {sizes}, {options.dtype}, {options.logits} logits")
     for name, seconds in best.items():
         print(f"  {name:10} {seconds * 1e3:9.1f} ms {memory[name]:9.1f} MiB {seconds / best[options.only[0]]:6.2f} x")
     print(json.dumps({"options": vars(options), "seconds": best, "mebibytes": memory}))

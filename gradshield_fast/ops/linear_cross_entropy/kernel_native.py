@@ -2,8 +2,8 @@
 
     z[v, t] = W[v] . h[t],   P[v, t] = exp(z'[v, t] - top[t]),   acc[t] = sum_{v /= label} P[v, t] dz'/dz W[v]
 
-`top` is a running reference that follows the largest logit, so that losses and gradients come from one pass; p's columns
-are taken along as further columns of W. The logits exist 32 words by 32 tokens at a time.
+`top` is a running reference that follows the largest logit, so that losses and gradients come from one pass; p's
+columns are taken along as further columns of W. The logits exist 32 words by 32 tokens at a time.
 """
 
 from __future__ import annotations
