@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent
 QUIET = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
 """What g++ 12 says of its own AVX-512 headers."""
 
-SOURCES = ("amx_item.cpp", "cpu.cpp", "finish.cpp", "head.cpp", "module.cpp")
+SOURCES = ("amx_item.cpp", "avx512_item.cpp", "bf16_item.cpp", "cpu.cpp", "finish.cpp", "head.cpp", "module.cpp")
 
 
 def extensions() -> list[Pybind11Extension]:

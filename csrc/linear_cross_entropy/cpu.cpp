@@ -14,23 +14,25 @@ bool has(uint32_t bits, int bit) {
   return (bits >> bit & 1) != 0;
 }
 
-const char* look() {
+Level look() {
   uint32_t a = 0, b = 0, c = 0, d = 0;
-  if (__get_cpuid(1, &a, &b, &c, &d) == 0 || !has(c, 27) || !has(c, 12) || !has(c, 29)) return "AVX2 with FMA and F16C";
+  // OSXSAVE, FMA and F16C, without which the rest cannot be asked for
+  if (__get_cpuid(1, &a, &b, &c, &d) == 0 || !has(c, 27) || !has(c, 12) || !has(c, 29)) return Level::kNone;
   uint32_t low = 0, high = 0;
   asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  // AVX-512 F, DQ, BW and VL, and an operating system that keeps their registers
   if ((low & 0xe6) != 0xe6 || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || !has(b, 16) || !has(b, 17) ||
       !has(b, 30) || !has(b, 31))
-    return "AVX-512 (F, BW, DQ, VL)";
-  if (!has(d, 22) || !has(d, 24)) return "AMX-BF16";
-  if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) return "the system's leave to use AMX tiles";
-  return "";
+    return Level::kNone;
+  const bool amx = has(d, 22) && has(d, 24);
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d) == 0 || !has(a, 5)) return Level::kAvx512;
+  return amx && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 ? Level::kAmx : Level::kBf16;
 }
 
 }  // namespace
 
-const char* missing() {
-  static const char* const answer = look();
+Level level() {
+  static const Level answer = look();
   return answer;
 }
 

@@ -23,16 +23,16 @@ constexpr int64_t kBlockBytes = 1 << 21, kMaxGroupPairs = 16, kWideSteps = 32;
 
 // Workers that live for one call, so that a fork between calls finds none. Which of them takes an item changes no bit.
 template <typename Work>
-void parallel(int threads, int64_t items, int64_t scratch_bytes, const Work& work) {
+void parallel(const Kernel& kernel, int threads, int64_t items, int64_t scratch_bytes, const Work& work) {
   std::atomic<int64_t> next{0};
   std::exception_ptr failure;
   std::mutex guard;
   auto worker = [&] {
     try {
       const Buffer<uint8_t> scratch = allocate<uint8_t>(scratch_bytes);
-      begin_thread();
+      kernel.begin_thread();
       for (int64_t item; (item = next.fetch_add(1)) < items;) work(item, scratch.get());
-      end_thread();
+      kernel.end_thread();
     } catch (...) {
       const std::lock_guard<std::mutex> lock(guard);
       failure = std::current_exception();
@@ -97,24 +97,28 @@ Plan make_plan(const Problem& problem) {
   return plan;
 }
 
-void run(const Problem& problem) {
+void run(const Problem& problem, Level upto) {
+  const Level best = std::min(level(), upto);
+  const Kernel& kernel = best == Level::kAmx ? kAmxKernel : best == Level::kBf16 ? kBf16Kernel : kAvx512Kernel;
   if (problem.tokens == 0) return;
   const Plan plan = make_plan(problem);
-  const Buffer<uint8_t> packed = allocate<uint8_t>(packed_h_bytes(plan));
+  const int64_t packed_h_bytes = plan.pairs * plan.k_steps * plan.terms_h * 2 * kTileBytes;
+  const Buffer<uint8_t> packed = allocate<uint8_t>(packed_h_bytes);
   const int64_t each = plan.chunks * plan.pairs * kPair;
   const Buffer<float> acc = allocate<float>(each * plan.column_pairs * kPair);
   const Buffer<float> top = allocate<float>(each);
   const Buffer<double> sum = allocate<double>(each);
   const Buffer<double> dot = allocate<double>(each * problem.directions);
   const Partial partial = {acc.get(), top.get(), sum.get(), dot.get()};
-  const int64_t pair_bytes = packed_h_bytes(plan) / plan.pairs;
-  parallel(problem.threads, plan.pairs, 0,
-           [&](int64_t pair, uint8_t*) { pack_h(problem, plan, pair, packed.get() + pair * pair_bytes); });
-  parallel(problem.threads, plan.groups * plan.chunks, scratch_bytes(problem, plan),
+  const int64_t pair_bytes = packed_h_bytes / plan.pairs;
+  parallel(kernel, problem.threads, plan.pairs, 0,
+           [&](int64_t pair, uint8_t*) { kernel.pack_h(problem, plan, pair, packed.get() + pair * pair_bytes); });
+  parallel(kernel, problem.threads, plan.groups * plan.chunks, kernel.scratch_bytes(problem, plan),
            [&](int64_t item, uint8_t* scratch) {
-             run_item(problem, plan, packed.get(), partial, item % plan.groups, item / plan.groups, scratch);
+             kernel.run_item(problem, plan, packed.get(), partial, item % plan.groups, item / plan.groups, scratch);
            });
-  parallel(problem.threads, plan.pairs, 0, [&](int64_t pair, uint8_t*) { finish_pair(problem, plan, partial, pair); });
+  parallel(kernel, problem.threads, plan.pairs, 0,
+           [&](int64_t pair, uint8_t*) { finish_pair(problem, plan, partial, pair); });
 }
 
 }  // namespace gradshield::head

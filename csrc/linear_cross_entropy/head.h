@@ -77,23 +77,26 @@ Buffer<T> allocate(int64_t count) {
   return Buffer<T>(static_cast<T*>(memory));
 }
 
-// amx_item.cpp
-int64_t packed_h_bytes(const Plan& plan);
-void pack_h(const Problem& problem, const Plan& plan, int64_t pair, uint8_t* packed);
-int64_t scratch_bytes(const Problem& problem, const Plan& plan);
-void begin_thread();
-void end_thread();
-void run_item(const Problem& problem, const Plan& plan, const uint8_t* packed_h, const Partial& out, int64_t group,
-              int64_t chunk, uint8_t* scratch);
+// What is compiled once for each instruction set, in {amx,bf16,avx512}_item.cpp.
+struct Kernel {
+  void (*pack_h)(const Problem& problem, const Plan& plan, int64_t pair, uint8_t* packed);
+  int64_t (*scratch_bytes)(const Problem& problem, const Plan& plan);
+  void (*begin_thread)();
+  void (*end_thread)();
+  void (*run_item)(const Problem& problem, const Plan& plan, const uint8_t* packed_h, const Partial& out, int64_t group,
+                   int64_t chunk, uint8_t* scratch);
+};
+extern const Kernel kAmxKernel, kBf16Kernel, kAvx512Kernel;
 
 // finish.cpp
 void finish_pair(const Problem& problem, const Plan& plan, const Partial& in, int64_t pair);
 
+// cpu.cpp: the instruction sets that this CPU and its system offer; each includes the ones before
+enum class Level : int { kNone = 0, kAvx512 = 1, kBf16 = 2, kAmx = 3 };
+Level level();
+
 // head.cpp
 Plan make_plan(const Problem& problem);
-void run(const Problem& problem);
-
-// cpu.cpp: empty, or what this CPU or its operating system lacks
-const char* missing();
+void run(const Problem& problem, Level upto);
 
 }  // namespace gradshield::head

@@ -1,12 +1,9 @@
 // A thread's scratch memory and the packing of W, p and dense directions into it, a block of words at a time.
-// Included by amx_item.cpp alone.
+// Included by item.h alone.
 #pragma once
 
 #include "csrc/linear_cross_entropy/head.h"
 #include "csrc/linear_cross_entropy/vector.h"
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,amx-tile,amx-bf16")
 
 namespace gradshield::head {
 namespace {
@@ -153,5 +150,3 @@ Scratch of_pair(const Plan& plan, const Scratch& s, int64_t pair) {
 
 }  // namespace
 }  // namespace gradshield::head
-
-#pragma GCC pop_options

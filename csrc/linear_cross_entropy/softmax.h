@@ -1,14 +1,11 @@
 // From products to shares P: logits, exponentials, their sums, and P as bf16 terms; 16 tokens a vector.
-// Included by amx_item.cpp alone.
+// Included by item.h alone.
 #pragma once
 
 #include <initializer_list>
 
 #include "csrc/linear_cross_entropy/head.h"
 #include "csrc/linear_cross_entropy/vector.h"
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,amx-tile,amx-bf16")
 
 namespace gradshield::head {
 namespace {
@@ -231,5 +228,3 @@ void rescale(const Problem& problem, const Plan& plan, Token& token, const __m51
 
 }  // namespace
 }  // namespace gradshield::head
-
-#pragma GCC pop_options

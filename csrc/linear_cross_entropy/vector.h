@@ -5,12 +5,10 @@
 
 #include "csrc/linear_cross_entropy/head.h"
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
-
 namespace gradshield::head {
 
 #define GRADSHIELD_INLINE static inline __attribute__((always_inline))
+#define GRADSHIELD_METHOD inline __attribute__((always_inline))
 
 // Two vectors of 16 floats, or 32 bf16 side by side.
 struct Two {
@@ -147,5 +145,3 @@ GRADSHIELD_INLINE __m512 tanh_and_slope(__m512 x, __m512* slope) {
 }
 
 }  // namespace gradshield::head
-
-#pragma GCC pop_options

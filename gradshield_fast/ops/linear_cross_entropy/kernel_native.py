@@ -18,6 +18,9 @@ except ImportError:  # not built here: `why_not` says so
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Input dtypes and their numbers in csrc/linear_cross_entropy/head.h."""
 
+UPTO = 3
+"""Best instruction set to use where the CPU has it: 1 AVX-512, 2 with BF16, 3 with AMX; for tests."""
+
 NO_MATRIX = (0, 0, 0, 0, 0, 1)
 
 
@@ -43,8 +46,16 @@ def why_not(*inputs: torch.Tensor | None) -> str | None:
         return f"needs float32, float16 or bfloat16, got {other}"
     if given and given[1].shape[0] >= 2**31:
         return f"needs a vocabulary below 2^31, got {given[1].shape[0]}"
-    lacking = _native_head.missing()
-    return f"needs {lacking}, which is not here" if lacking else None
+    return None if level() > 0 else "needs a CPU with AVX-512 (F, BW, DQ, VL) and FMA"
+
+
+def level() -> int:
+    """Tell which instruction sets this CPU offers.
+
+    Returns:
+        As `UPTO`; 0 where none will do or the extension is not built.
+    """
+    return 0 if _native_head is None else _native_head.level()
 
 
 def linear_cross_entropy(
@@ -105,6 +116,7 @@ def linear_cross_entropy(
         0 if pulled is None else pulled.data_ptr(),
         0 if dot is None else dot.data_ptr(),
         torch.get_num_threads(),
+        UPTO,
     )
     if pulled is not None and q is not None and member is not None:
         # float64, since torch may be told to multiply float32 with less than its digits

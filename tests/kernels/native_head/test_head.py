@@ -18,6 +18,14 @@ REASON = kernel_native.why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"native: {REASON}")
 
 
+@pytest.fixture(autouse=True, params=[3, 2, 1], ids=["amx", "bf16", "avx512"])
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test on each kernel that this CPU can run."""
+    if kernel_native.level() < request.param:
+        pytest.skip("native: this CPU lacks the instructions")
+    monkeypatch.setattr(kernel_native, "UPTO", request.param)
+
+
 def worst(c: Case, rank: int = 3, dense: bool = False) -> float:
     """The largest error, in units of the op's bound, of losses, dL/dh and position terms."""
     loss, g, loss_bound, g_bound = truth(c)
