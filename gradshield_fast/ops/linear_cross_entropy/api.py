@@ -10,10 +10,10 @@ import torch
 from gradshield_fast.errors import InputError
 from gradshield_fast.ops import checks, dispatch, library
 from gradshield_fast.ops.ghost_dot_lowrank.api import membership
-from gradshield_fast.ops.linear_cross_entropy import kernel_triton, reference
+from gradshield_fast.ops.linear_cross_entropy import kernel_native, kernel_triton, reference
 
 OP = "linear_cross_entropy"
-BACKENDS = dispatch.register(OP, {"triton": kernel_triton, "reference": reference})
+BACKENDS = dispatch.register(OP, {"native": kernel_native, "triton": kernel_triton, "reference": reference})
 
 IGNORE = -100
 

@@ -1,0 +1,18 @@
+// The fused head's kernel for AVX-512 BF16. Library headers come before the target, so that no code of theirs is
+// compiled for it.
+#include <immintrin.h>
+
+#include <initializer_list>
+
+#include "csrc/linear_cross_entropy/head.h"
+
+#define GRADSHIELD_UNIT 1
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,avx512bf16")
+
+#include "csrc/linear_cross_entropy/item.h"
+
+namespace gradshield::head {
+
+const Kernel kBf16Kernel = kThisKernel;
+
+}  // namespace gradshield::head
