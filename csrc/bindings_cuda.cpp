@@ -121,8 +121,8 @@ ProjectParams project_params(const char* op, const Tensor& x, const Tensor& w, i
   need_floats(op, w, 2);
   need(w.dtype == kFloat32 && w.sizes[0] == x.sizes[1], op, "the factor is float32 and as long as the input is wide");
   need(slices >= 1, op, "there is at least one slice");
-  return {x.data,       w.as<float>(), nullptr,      nullptr,      x.sizes[0],   x.sizes[1], w.sizes[1],
-          slices,       x.strides[0],  x.strides[1], w.strides[0], w.strides[1], x.dtype};
+  return {x.data, w.as<float>(), nullptr,      nullptr,      x.sizes[0],   x.sizes[1], w.sizes[1],
+          slices, x.strides[0],  x.strides[1], w.strides[0], w.strides[1], x.dtype};
 }
 
 void bind_lowrank_project(const Packed& x_, const Packed& w_, const Packed& parts_, const Packed& z_, int64_t slices,
@@ -168,10 +168,10 @@ void bind_embedding_dot(const Packed& ids_, const Packed& g_, const Packed& r_, 
        "ids, g and r disagree in shape, or ids are not int64");
   need_buffer(op, "u is float32 [tokens, directions]", u, kFloat32, {tokens, r.sizes[0]});
   check(op, run({&ids, &g, &r}, {&u}, [&] {
-          return embedding_dot({ids.as<int64_t>(), g.data, r.data, u.as<float>(), tokens, width, r.sizes[1], r.sizes[0],
-                                ids.strides[0], g.strides[0], g.strides[1], r.strides[0], r.strides[1], r.strides[2],
-                                g.dtype, r.dtype},
-                               as_stream(stream));
+          return embedding_dot(
+              {ids.as<int64_t>(), g.data, r.data, u.as<float>(), tokens, width, r.sizes[1], r.sizes[0], ids.strides[0],
+               g.strides[0], g.strides[1], r.strides[0], r.strides[1], r.strides[2], g.dtype, r.dtype},
+              as_stream(stream));
         }));
 }
 
@@ -187,9 +187,9 @@ void bind_outer_sum(const Packed& left_, const Packed& right_, const Packed& cu_
   need_buffer(op, "cu_seqlens is int64 [examples + 1]", cu, kInt64, {examples + 1});
   need_buffer(op, "out is float32 [examples, k_out, k_in]", out, kFloat32, {examples, k_out, k_in});
   check(op, run({&left, &right, &cu}, {&out}, [&] {
-          return outer_sum({left.as<float>(), right.as<float>(), cu.as<int64_t>(), out.as<float>(), tokens, k_out, k_in,
-                            examples},
-                           as_stream(stream));
+          return outer_sum(
+              {left.as<float>(), right.as<float>(), cu.as<int64_t>(), out.as<float>(), tokens, k_out, k_in, examples},
+              as_stream(stream));
         }));
 }
 

@@ -48,10 +48,10 @@ __device__ __forceinline__ float half_bits_to_float(uint16_t bits) { return __ha
 
 // Copies `bytes` (0 to 16) and fills the rest of the 16 with zeros, past the registers and the first cache.
 __device__ __forceinline__ void copy_async_16(void* to_shared, const void* from_global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(to_shared))),
-               "l"(from_global), "r"(bytes)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to_shared))),
+      "l"(from_global), "r"(bytes)
+      : "memory");
 }
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kNewestLeft>
@@ -96,7 +96,7 @@ cudaError_t launch(const char*, void (*kernel)(Params), dim3 grid, int threads, 
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
-  kernel<<<grid, threads, shared_bytes, stream>>>(params);
+  kernel<<<grid, threads, shared_bytes, stream> > >(params);
   return cudaGetLastError();
 }
 

@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(kThreads) sum_parts_kernel(SumPartsParams p) {
 }
 
 inline cudaError_t sum_parts(const SumPartsParams& p, cudaStream_t stream) {
-  return launch("sum_parts", sum_parts_kernel<256>, dim3(static_cast<unsigned>(ceil_div(p.size, 256))), 256, 0, stream, p);
+  return launch("sum_parts", sum_parts_kernel<256>, dim3(static_cast<unsigned>(ceil_div(p.size, 256))), 256, 0, stream,
+                p);
 }
 
 }  // namespace gradshield

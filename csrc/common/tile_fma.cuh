@@ -1,7 +1,7 @@
 // A tile of C = A B^T in float32 multiply-adds, for float32 activations and every other pair of dtypes.
 //
 // Maths    C[m, n] = sum_k A[m, k] B[n, k], each element converted exactly to float32
-// Sums     a chain of kK = 32 multiply-adds, then the steps add up: the rounding error grows with k / 32 + 32, not k
+// Sums     a chain of kK = 16 multiply-adds, then the steps add up: the rounding error grows with k / 16 + 16, not k
 // Traffic  a block reads kM rows of A and kN rows of B once; the next step's elements wait in registers meanwhile
 #pragma once
 
@@ -11,15 +11,15 @@ namespace gradshield {
 
 template <int kM_, int kN_>
 struct FmaTile {
-  static constexpr int kM = kM_, kN = kN_, kK = 32;
-  static constexpr int kThreads = kM / 4 * (kN / 4);
+  static constexpr int kM = kM_, kN = kN_, kK = 16;
+  static constexpr int kThreads = kM / 4 * (kN / 4), kBlocks = 512 / kThreads;
   static constexpr int kValues = 16;  // 4 x 4 of C, for each thread
   // Four floats beyond a row: rows stay aligned to 16 bytes.
   static constexpr int kPitchA = kM + 4, kPitchB = kN + 4;
   static constexpr int kSharedBytes = kK * (kPitchA + kPitchB) * 4;
   static constexpr int kFetchA = kM * kK / kThreads, kFetchB = kN * kK / kThreads;
 
-  static_assert(kThreads % 32 == 0 && kM * kK % kThreads == 0 && kN * kK % kThreads == 0, "threads share evenly");
+  static_assert(kThreads % 32 == 0 && 512 % kThreads == 0, "whole warps, and 512 threads on a multiprocessor");
 
   static __device__ __forceinline__ int row_of(int i) { return static_cast<int>(threadIdx.x) / (kN / 4) * 4 + i / 4; }
   static __device__ __forceinline__ int column_of(int i) {
@@ -29,15 +29,14 @@ struct FmaTile {
   template <class T, int kRows, int kFetch>
   static __device__ __forceinline__ void fetch_as(float (&held)[kFetch], const Operand& x, int64_t row0, int64_t k0,
                                                   int64_t k_end) {
-    const T* data = static_cast<const T*>(x.data);
-    const bool along_k = x.stride_k <= x.stride_row;
+    const Walk<kRows, kK, kThreads> at(x);
+    const int rows = clamp_to(x.rows - row0, kRows), depth = clamp_to(k_end - k0, kK);
+    const T* from = static_cast<const T*>(x.data) + (row0 + at.row) * x.stride_row + (k0 + at.k) * x.stride_k;
+    const int64_t advance = at.step_row * x.stride_row + at.step_k * x.stride_k;
 #pragma unroll
-    for (int step = 0; step < kFetch; ++step) {
-      const int i = step * kThreads + static_cast<int>(threadIdx.x);
-      const int row = along_k ? i / kK : i % kRows, k = along_k ? i % kK : i / kRows;
-      held[step] = row0 + row < x.rows && k0 + k < k_end
-                       ? to_float(load_global(data + (row0 + row) * x.stride_row + (k0 + k) * x.stride_k))
-                       : 0.0f;
+    for (int step = 0; step < kFetch; ++step, from += advance) {
+      const bool inside = at.row + step * at.step_row < rows && at.k + step * at.step_k < depth;
+      held[step] = inside ? to_float(load_global(from)) : 0.0f;
     }
   }
 
@@ -56,13 +55,11 @@ struct FmaTile {
   // tile [kK][kPitch]: the product reads four neighbouring rows of x at one k.
   template <int kRows, int kPitch, int kFetch>
   static __device__ __forceinline__ void put(float* tile, const float (&held)[kFetch], const Operand& x) {
-    const bool along_k = x.stride_k <= x.stride_row;
+    const Walk<kRows, kK, kThreads> at(x);
+    float* to = tile + at.k * kPitch + at.row;
+    const int advance = at.step_k * kPitch + at.step_row;
 #pragma unroll
-    for (int step = 0; step < kFetch; ++step) {
-      const int i = step * kThreads + static_cast<int>(threadIdx.x);
-      const int row = along_k ? i / kK : i % kRows, k = along_k ? i % kK : i / kRows;
-      store_shared(tile + k * kPitch + row, held[step]);
-    }
+    for (int step = 0; step < kFetch; ++step, to += advance) store_shared(to, held[step]);
   }
 
   // sums = the thread's values of A[row_a : row_a + kM, k_begin : k_end] B[row_b : row_b + kN, k_begin : k_end]^T.

@@ -20,7 +20,8 @@ struct MmaTile {
   using TB = TB_;
   static constexpr int kM = kM_, kN = kN_, kK = 32, kStages = 3;
   static constexpr bool kVectorA = kVectorA_, kVectorB = kVectorB_;
-  static constexpr int kThreads = 128;  // 2 x 2 warps
+  static constexpr int kThreads = 128;                       // 2 x 2 warps
+  static constexpr int kBlocks = kM * kN > 64 * 64 ? 2 : 3;  // on a multiprocessor, as registers allow
   static constexpr int kWarpM = kM / 2, kWarpN = kN / 2, kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;
   static constexpr int kValues = kTilesM * kTilesN * 4;  // of C, for each thread
 
@@ -156,8 +157,7 @@ struct MmaTile {
       // one barrier a step: it shows this step's copies to all, and the slot filled below was read a step ago
       sync_block();
       const int64_t ahead = step + kStages - 1;
-      if (ahead < steps)
-        stage_step(shared + free_slot * kSlot, a, b, row_a, row_b, k_begin + ahead * kK, k_end);
+      if (ahead < steps) stage_step(shared + free_slot * kSlot, a, b, row_a, row_b, k_begin + ahead * kK, k_end);
       copy_async_commit();
       const char* at = shared + slot * kSlot;
       multiply_step(reinterpret_cast<const TA*>(at), reinterpret_cast<const TB*>(at + kBytesA), sums);

@@ -5,8 +5,7 @@
 //          kernel adds in order: enough blocks for the device at any number of tokens, no atomics, the same bits
 // Traffic  a: K d_out / 64 reads, r: tokens / kM reads, both mostly from the second-level cache (blocks run in groups
 //          of eight token tiles); g: K reads; parts: 4 K tokens d_out / 64 bytes written and read
-// Budget   MmaTile: 2 blocks of 128 threads on a multiprocessor: 255 registers, 61 440 bytes of shared memory;
-//          FmaTile: 128 registers, 18 432 bytes
+// Budget   registers: MmaTile 240, FmaTile 128, sum_parts 64; no spills
 #pragma once
 
 #include "common/epilogue.cuh"
@@ -19,8 +18,9 @@ namespace gradshield {
 constexpr int kGhostDotOutputs = 64;
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 2) ghost_dot_kernel(GhostDotParams p) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) ghost_dot_kernel(GhostDotParams p) {
   static_assert(Tile::kN == kGhostDotOutputs, "parts are counted in tiles of outputs");
+  static_assert(RowTile<Tile>::kSharedBytes <= 60 * 1024, "two blocks fit on a multiprocessor from 8.0 to 10.0");
   constexpr int64_t kGroup = 8;
   const int64_t tiles_t = ceil_div(p.tokens, Tile::kM), tiles_o = ceil_div(p.d_out, Tile::kN);
   const int64_t first = blockIdx.x / (kGroup * tiles_o) * kGroup, in_group = blockIdx.x % (kGroup * tiles_o);
@@ -39,7 +39,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) ghost_dot_kernel(GhostDotPa
   RowTile<Tile>::put(rows, sums);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   float* out = tiles_o == 1 ? p.u : p.parts + i_o * p.tokens * p.directions;
-  for (int row = static_cast<int>(threadIdx.x) / 32; row < Tile::kM && t0 + row < p.tokens; row += Tile::kThreads / 32) {
+  for (int row = static_cast<int>(threadIdx.x) / 32; row < Tile::kM && t0 + row < p.tokens;
+       row += Tile::kThreads / 32) {
     float u = 0.0f;
     for (int n = lane; n < Tile::kN && o0 + n < p.d_out; n += 32)
       u = fmaf(load_as_float(p.g, p.dtype_g, (t0 + row) * p.stride_g_t + (o0 + n) * p.stride_g_o),
@@ -53,8 +54,9 @@ template <class Tile>
 cudaError_t launch_ghost_dot(const GhostDotParams& p, cudaStream_t stream) {
   const int64_t blocks = ceil_div(p.tokens, Tile::kM) * ceil_div(p.d_out, Tile::kN);
   if (blocks > 0x7fffffff || p.directions > 65535) return cudaErrorInvalidValue;
-  return launch("ghost_dot", ghost_dot_kernel<Tile>, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(p.directions)),
-                Tile::kThreads, RowTile<Tile>::kSharedBytes, stream, p);
+  return launch("ghost_dot", ghost_dot_kernel<Tile>,
+                dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(p.directions)), Tile::kThreads,
+                RowTile<Tile>::kSharedBytes, stream, p);
 }
 
 template <class TA, class TR>
@@ -62,8 +64,10 @@ cudaError_t launch_ghost_dot_mma(const GhostDotParams& p, cudaStream_t stream) {
   const bool vectors = takes_vectors(operand(p.a, p.dtype_a, p.tokens, p.stride_a_t, p.stride_a_i)) &&
                        takes_vectors(operand(p.r, p.dtype_r, p.d_out, p.stride_r_o, p.stride_r_i)) &&
                        p.stride_r_k * item_bytes(p.dtype_r) % 16 == 0;
-  return vectors ? launch_ghost_dot<MmaTile<TA, TR, 128, kGhostDotOutputs, true, true>>(p, stream)
-                 : launch_ghost_dot<MmaTile<TA, TR, 128, kGhostDotOutputs, false, false>>(p, stream);
+  // where the activation is split as well, its terms take the registers of half the rows
+  constexpr int kM = MmaTile<TA, TR, 128, kGhostDotOutputs, true, true>::kTermsA == 1 ? 128 : 64;
+  return vectors ? launch_ghost_dot<MmaTile<TA, TR, kM, kGhostDotOutputs, true, true>>(p, stream)
+                 : launch_ghost_dot<MmaTile<TA, TR, kM, kGhostDotOutputs, false, false>>(p, stream);
 }
 
 template <class TA>
@@ -75,7 +79,7 @@ cudaError_t launch_ghost_dot_mma(const GhostDotParams& p, cudaStream_t stream) {
 
 cudaError_t ghost_dot(const GhostDotParams& p, cudaStream_t stream) {
   if (p.tokens == 0 || p.directions == 0) return cudaSuccess;
-  const cudaError_t error = p.dtype_a == kFloat32  ? launch_ghost_dot<FmaTile<64, kGhostDotOutputs>>(p, stream)
+  const cudaError_t error = p.dtype_a == kFloat32   ? launch_ghost_dot<FmaTile<64, kGhostDotOutputs>>(p, stream)
                             : p.dtype_a == kFloat16 ? launch_ghost_dot_mma<Half>(p, stream)
                                                     : launch_ghost_dot_mma<Bf16>(p, stream);
   const int64_t tiles_o = ceil_div(p.d_out, kGhostDotOutputs);

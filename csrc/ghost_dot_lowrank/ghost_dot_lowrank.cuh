@@ -6,7 +6,7 @@
 //          order. Few tokens leave most of a device idle without slices, and reading is all that this op does.
 // Traffic  a (or g): ranks / 32 reads, beyond the first from cache; q (or p): tokens / 64 reads from cache;
 //          parts: 4 slices tokens ranks bytes (contract: 4 slices ranks / 32 tokens directions) written and read
-// Budget   MmaTile: 168 registers, 30 720 bytes of shared memory; FmaTile: 128 registers, 13 312 bytes
+// Budget   registers: MmaTile 168, FmaTile 128, sum_parts 64; no spills
 #pragma once
 
 #include "common/epilogue.cuh"
@@ -34,12 +34,13 @@ template <class Tile>
 __device__ __forceinline__ void lowrank_product(const ProjectParams& p, const LowrankPlace& at,
                                                 float (&sums)[Tile::kValues]) {
   static_assert(Tile::kM == kLowrankTokens && Tile::kN == kLowrankRanks, "places are counted in these tiles");
+  static_assert(RowTile<Tile>::kSharedBytes <= 30 * 1024, "three blocks fit on any multiprocessor from 8.0 on");
   Tile::product(dynamic_shared(), operand(p.x, p.dtype_x, p.tokens, p.stride_x_t, p.stride_x_i),
                 operand(p.w, kFloat32, p.ranks, p.stride_w_j, p.stride_w_i), at.t0, at.j0, at.begin, at.end, sums);
 }
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 3) lowrank_project_kernel(ProjectParams p) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) lowrank_project_kernel(ProjectParams p) {
   const LowrankPlace at = lowrank_place(p);
   float sums[Tile::kValues];
   lowrank_product<Tile>(p, at, sums);
@@ -52,7 +53,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 3) lowrank_project_kernel(Proj
 }
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 3) lowrank_contract_kernel(ContractParams p) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) lowrank_contract_kernel(ContractParams p) {
   const ProjectParams& q = p.product;
   const LowrankPlace at = lowrank_place(q);
   float sums[Tile::kValues];

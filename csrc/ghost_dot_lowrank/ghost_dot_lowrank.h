@@ -6,8 +6,8 @@
 namespace gradshield {
 
 struct ProjectParams {
-  const void* x;    // [tokens, width]
-  const float* w;   // [width, ranks]
+  const void* x;     // [tokens, width]
+  const float* w;    // [width, ranks]
   float *parts, *z;  // [slices, tokens, ranks] [tokens, ranks], every element written
   int64_t tokens, width, ranks, slices;
   int64_t stride_x_t, stride_x_i, stride_w_i, stride_w_j;  // in elements
@@ -15,7 +15,7 @@ struct ProjectParams {
 };
 
 struct ContractParams {
-  ProjectParams product;  // x = g, w = p; parts and z unused
+  ProjectParams product;    // x = g, w = p; parts and z unused
   const float *z, *member;  // [tokens, ranks] [ranks, directions]
   float *parts, *u;  // [slices * ceil(ranks / 32), tokens, directions] [tokens, directions], every element written
   int64_t directions, stride_z_t, stride_z_j, stride_member_j, stride_member_k;

@@ -6,7 +6,7 @@
 //          matrices of products of its tile stay in registers, their elementwise product leaves as one number
 // Traffic  form "tokens": for each tile 64 tokens of all four factors; form "outer": for each tile 64 columns of both
 //          sides; items: 16 bytes a tile; parts: 4 bytes a tile; a second kernel adds an example's parts in order
-// Budget   MmaTile: 255 registers, 30 720 bytes of shared memory; FmaTile: 128 registers, 17 408 bytes
+// Budget   registers: MmaTile 168, FmaTile 128, sum_items 64; no spills
 #pragma once
 
 #include "common/epilogue.cuh"
@@ -26,8 +26,9 @@ __device__ __forceinline__ Operand columns_as_rows(const Factor& x, int64_t widt
 }
 
 template <class Tile, bool kOuter>
-__global__ void __launch_bounds__(Tile::kThreads, 2) ghost_inner_kernel(GhostInnerParams p) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) ghost_inner_kernel(GhostInnerParams p) {
   static_assert(Tile::kM == kInnerTile && Tile::kN == kInnerTile, "items are counted in these tiles");
+  static_assert(Tile::kSharedBytes <= 30 * 1024, "three blocks fit on any multiprocessor from 8.0 on");
   const int32_t* item = p.items + static_cast<int64_t>(blockIdx.x) * 4;
   const int64_t n = load_global(item), first = load_global(item + 1), second = load_global(item + 2);
   const float weight = static_cast<float>(load_global(item + 3));

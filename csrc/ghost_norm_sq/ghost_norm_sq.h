@@ -25,7 +25,7 @@ struct GhostInnerParams {
 struct SumItemsParams {
   const float* parts;
   const int64_t* spans;  // [examples, 2]: where an example's parts start and stop
-  float* out;             // [examples], every element written
+  float* out;            // [examples], every element written
   int64_t examples;
 };
 

@@ -4,7 +4,7 @@
 // Maths    s[n] = sum_{t in n} left[t] right[t]^T                         left = g p_out, right = a p_in, float32
 // Blocks   one for an example and 32 x 32 of its outputs, walking along the example's tokens; no atomics
 // Traffic  left: k_in / 32 reads, right: k_out / 32 reads, beyond the first from cache; s: one write
-// Budget   168 registers, 9 216 bytes of shared memory
+// Budget   registers: FmaTile 128; no spills
 #pragma once
 
 #include "common/reduce.cuh"
@@ -14,7 +14,8 @@
 namespace gradshield {
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads) outer_sum_kernel(OuterSumParams p) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) outer_sum_kernel(OuterSumParams p) {
+  static_assert(Tile::kSharedBytes <= 8 * 1024, "eight blocks fit on any multiprocessor from 8.0 on");
   const int64_t n = blockIdx.x, o0 = static_cast<int64_t>(blockIdx.y) * Tile::kM;
   const int64_t i0 = static_cast<int64_t>(blockIdx.z) * Tile::kN;
   // boundaries on a device are not checked by the caller: never read beyond the tokens that there are

@@ -66,8 +66,8 @@ void copy_with_wait(Buffers b) {
   copy_async_commit();
   copy_async_wait<0>();
   sync_block();
-  store_global(b.out + thread(), load_shared(shared() + (4 * thread() + 4) % 256) +
-                                     load_shared(shared() + (4 * thread() + 7) % 256));
+  store_global(b.out + thread(),
+               load_shared(shared() + (4 * thread() + 4) % 256) + load_shared(shared() + (4 * thread() + 7) % 256));
 }
 
 void copy_without_wait(Buffers b) {
@@ -208,7 +208,8 @@ template <bool kBfloat>
 void multiplies_matrices(Matrices m) {
   uint16_t* a = reinterpret_cast<uint16_t*>(dynamic_shared());
   uint16_t* b = a + 256;
-  for (int i = thread(); i < 384; i += 32) store_shared(a + i, i < 256 ? load_global(m.a + i) : load_global(m.b + i - 256));
+  for (int i = thread(); i < 384; i += 32)
+    store_shared(a + i, i < 256 ? load_global(m.a + i) : load_global(m.b + i - 256));
   sync_warp();
   const int lane = thread();
   uint32_t x[4], y[4];
