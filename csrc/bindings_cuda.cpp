@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "embedding_dot/embedding_dot.h"
@@ -19,6 +20,8 @@ namespace gradshield {
 namespace {
 
 using Packed = std::tuple<uintptr_t, int, std::vector<int64_t>, std::vector<int64_t>>;
+
+using Queue = std::pair<uintptr_t, int>;  // stream, device
 
 struct Tensor {
   void* data;
@@ -93,10 +96,16 @@ void check(const char* op, cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
 }
 
-cudaStream_t as_stream(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
+// The module has a CUDA runtime of its own, which does not know what device torch's has chosen.
+cudaStream_t select(const Queue& queue) {
+#if !defined(GRADSHIELD_EMULATOR)
+  check("cudaSetDevice", cudaSetDevice(queue.second));
+#endif
+  return reinterpret_cast<cudaStream_t>(queue.first);
+}
 
 void bind_ghost_dot(const Packed& a_, const Packed& g_, const Packed& r_, const Packed& parts_, const Packed& u_,
-                    uintptr_t stream) {
+                    const Queue& queue) {
   const char* op = "ghost_dot";
   const Tensor a(a_), g(g_), r(r_), parts(parts_), u(u_);
   need_floats(op, a, 2);
@@ -112,7 +121,7 @@ void bind_ghost_dot(const Packed& a_, const Packed& g_, const Packed& r_, const 
           return ghost_dot({a.data, g.data, r.data, parts.as<float>(), u.as<float>(), tokens, d_in, d_out, directions,
                             a.strides[0], a.strides[1], g.strides[0], g.strides[1], r.strides[0], r.strides[1],
                             r.strides[2], a.dtype, g.dtype, r.dtype},
-                           as_stream(stream));
+                           select(queue));
         }));
 }
 
@@ -126,7 +135,7 @@ ProjectParams project_params(const char* op, const Tensor& x, const Tensor& w, i
 }
 
 void bind_lowrank_project(const Packed& x_, const Packed& w_, const Packed& parts_, const Packed& z_, int64_t slices,
-                          uintptr_t stream) {
+                          const Queue& queue) {
   const char* op = "lowrank_project";
   const Tensor x(x_), w(w_), parts(parts_), z(z_);
   ProjectParams p = project_params(op, x, w, slices);
@@ -135,11 +144,11 @@ void bind_lowrank_project(const Packed& x_, const Packed& w_, const Packed& part
               {slices == 1 ? 0 : slices, p.tokens, p.ranks});
   p.parts = parts.as<float>();
   p.z = z.as<float>();
-  check(op, run({&x, &w}, {&parts, &z}, [&] { return lowrank_project(p, as_stream(stream)); }));
+  check(op, run({&x, &w}, {&parts, &z}, [&] { return lowrank_project(p, select(queue)); }));
 }
 
 void bind_lowrank_contract(const Packed& z_, const Packed& g_, const Packed& w_, const Packed& member_,
-                           const Packed& parts_, const Packed& u_, int64_t slices, uintptr_t stream) {
+                           const Packed& parts_, const Packed& u_, int64_t slices, const Queue& queue) {
   const char* op = "lowrank_contract";
   const Tensor z(z_), g(g_), w(w_), member(member_), parts(parts_), u(u_);
   const ProjectParams product = project_params(op, g, w, slices);
@@ -154,11 +163,11 @@ void bind_lowrank_contract(const Packed& z_, const Packed& g_, const Packed& w_,
   check(op, run({&z, &g, &w, &member}, {&parts, &u}, [&] {
           return lowrank_contract({product, z.as<float>(), member.as<float>(), parts.as<float>(), u.as<float>(),
                                    directions, z.strides[0], z.strides[1], member.strides[0], member.strides[1]},
-                                  as_stream(stream));
+                                  select(queue));
         }));
 }
 
-void bind_embedding_dot(const Packed& ids_, const Packed& g_, const Packed& r_, const Packed& u_, uintptr_t stream) {
+void bind_embedding_dot(const Packed& ids_, const Packed& g_, const Packed& r_, const Packed& u_, const Queue& queue) {
   const char* op = "embedding_dot";
   const Tensor ids(ids_), g(g_), r(r_), u(u_);
   need_floats(op, g, 2);
@@ -171,12 +180,12 @@ void bind_embedding_dot(const Packed& ids_, const Packed& g_, const Packed& r_, 
           return embedding_dot(
               {ids.as<int64_t>(), g.data, r.data, u.as<float>(), tokens, width, r.sizes[1], r.sizes[0], ids.strides[0],
                g.strides[0], g.strides[1], r.strides[0], r.strides[1], r.strides[2], g.dtype, r.dtype},
-              as_stream(stream));
+              select(queue));
         }));
 }
 
 void bind_outer_sum(const Packed& left_, const Packed& right_, const Packed& cu_, const Packed& out_,
-                    uintptr_t stream) {
+                    const Queue& queue) {
   const char* op = "outer_sum";
   const Tensor left(left_), right(right_), cu(cu_), out(out_);
   need(left.sizes.size() == 2 && right.sizes.size() == 2 && cu.sizes.size() == 1 && cu.sizes[0] >= 1, op,
@@ -189,7 +198,7 @@ void bind_outer_sum(const Packed& left_, const Packed& right_, const Packed& cu_
   check(op, run({&left, &right, &cu}, {&out}, [&] {
           return outer_sum(
               {left.as<float>(), right.as<float>(), cu.as<int64_t>(), out.as<float>(), tokens, k_out, k_in, examples},
-              as_stream(stream));
+              select(queue));
         }));
 }
 
@@ -199,7 +208,7 @@ Factor factor(const char* op, const Tensor& x) {
 }
 
 void bind_ghost_inner(const std::vector<Packed>& factors, const Packed& cu_, const Packed& items_, const Packed& parts_,
-                      bool outer, bool same, uintptr_t stream) {
+                      bool outer, bool same, const Queue& queue) {
   const char* op = "ghost_inner";
   need(factors.size() == 4, op, "the factors are left1, right1, left2, right2");
   const Tensor left1(factors[0]), right1(factors[1]), left2(factors[2]), right2(factors[3]);
@@ -224,10 +233,10 @@ void bind_ghost_inner(const std::vector<Packed>& factors, const Packed& cu_, con
   p.parts = parts.as<float>();
   p.same = same;
   check(op, run({&left1, &right1, &left2, &right2, &cu, &items}, {&parts},
-                [&] { return ghost_inner(p, outer, as_stream(stream)); }));
+                [&] { return ghost_inner(p, outer, select(queue)); }));
 }
 
-void bind_sum_items(const Packed& parts_, const Packed& spans_, const Packed& out_, uintptr_t stream) {
+void bind_sum_items(const Packed& parts_, const Packed& spans_, const Packed& out_, const Queue& queue) {
   const char* op = "sum_items";
   const Tensor parts(parts_), spans(spans_), out(out_);
   need(out.sizes.size() == 1, op, "out is a vector");
@@ -236,7 +245,7 @@ void bind_sum_items(const Packed& parts_, const Packed& spans_, const Packed& ou
   need_buffer(op, "spans is int64 [examples, 2]", spans, kInt64, {examples, 2});
   need_buffer(op, "parts is float32 [count]", parts, kFloat32, {parts.count()});
   check(op, run({&parts, &spans}, {&out}, [&] {
-          return sum_items({parts.as<float>(), spans.as<int64_t>(), out.as<float>(), examples}, as_stream(stream));
+          return sum_items({parts.as<float>(), spans.as<int64_t>(), out.as<float>(), examples}, select(queue));
         }));
 }
 

@@ -90,14 +90,14 @@ template <class Params>
 cudaError_t launch(const char*, void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
                    const Params& params) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
+  const void* function = reinterpret_cast<const void*>(kernel);
   // Above 48 KiB a kernel has to ask.
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
-  kernel<<<grid, threads, shared_bytes, stream> > >(params);
-  return cudaGetLastError();
+  void* arguments[] = {const_cast<Params*>(&params)};
+  return cudaLaunchKernel(function, grid, dim3(threads), arguments, shared_bytes, stream);
 }
 
 }  // namespace gradshield

@@ -3,7 +3,7 @@
 // Maths    u[t, k] = g[t] . r[k, ids[t]]; NaN where ids[t] is no row of the table, since the read would be out of
 // bounds Blocks   a warp for each token; its lanes take four neighbours at a time, so that 16 or 8 bytes move at once
 // Traffic  g: once from memory, directions - 1 times from cache; r: one row for each token and direction
-// Budget   registers: embedding_dot 64; no spills, no shared memory
+// Budget   registers: embedding_dot 72; no spills, no shared memory
 #pragma once
 
 #include "common/operand.cuh"

@@ -1,24 +1,14 @@
+// Scheduling: blocks one after the other, their threads as fibers that run until they wait for each other.
 #include "emulator/machine.h"
 
-#include <ucontext.h>
-
-#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <utility>
 
+#include "emulator/state.h"
+
 namespace emulator {
 namespace {
-
-constexpr int kWarp = 32;
-constexpr size_t kStack = 128 * 1024;
-// State is kept for two bytes at a time: the smallest element of any op.
-constexpr size_t kUnit = 2;
-
-enum Kind { kNothing, kBlockBarrier, kWarpBarrier, kExchange };
-enum Access : uint8_t { kForbidden, kReadable, kUnwritten, kWritten };
-enum Content : uint8_t { kGarbage, kPending, kReady };
-constexpr int kNobody = -1, kSeveral = -2, kWarpOf = -3;
 
 std::string hex(const void* p) {
   char text[24];
@@ -31,44 +21,6 @@ std::string show(const Index3& i) {
 }
 
 }  // namespace
-
-struct Machine::Copy {
-  void* to;
-  const void* from;
-  int bytes;
-  int64_t group;
-};
-
-struct Machine::Thread {
-  ucontext_t context;
-  jmp_buf resume_at;
-  std::vector<char> stack = std::vector<char>(kStack);
-  std::vector<Copy> copies;
-  int64_t groups = 0;
-  uint32_t exchanges = 0;
-  int waits_for = kNothing, line = 0;
-  bool started = false, finished = false;
-};
-
-struct Machine::Warp {
-  Deposit slots[2][kWarp];
-  int size = 0, arrived = 0, kind = kNothing, line = 0;
-  uint32_t epoch = 0;
-};
-
-// A buffer that kernels may touch: only the elements of the view, not what lies between its rows.
-struct Machine::Region {
-  const char* base;
-  std::vector<uint8_t> access;
-  std::vector<uint64_t> writer;  // launch, block and thread of the last write
-};
-
-// Two bytes of shared memory: who wrote and who read them last, and in which barrier interval.
-struct Machine::Cell {
-  uint8_t content = kGarbage;
-  int writer = kNobody, reader = kNobody;
-  uint32_t writer_epoch = 0, writer_warp_epoch = 0, reader_epoch = 0, reader_warp_epoch = 0;
-};
 
 Machine& machine() {
   static Machine instance;
@@ -83,42 +35,6 @@ void Machine::set_seed(uint64_t seed) { seed_ = seed; }
 void Machine::forget_buffers() {
   regions_.clear();
   error_.clear();
-}
-
-void Machine::allow(const void* base, const int64_t* sizes, const int64_t* strides, int dims, int item_bytes,
-                    bool output) {
-  int64_t count = 1, last = 0;
-  for (int d = 0; d < dims; ++d) {
-    count *= sizes[d];
-    last += (sizes[d] - 1) * strides[d];
-  }
-  if (count <= 0) return;
-  Region region{static_cast<const char*>(base), {}, {}};
-  const size_t units = static_cast<size_t>(last + 1) * item_bytes / kUnit;
-  region.access.assign(units, kForbidden);
-  region.writer.assign(output ? units : 0, 0);
-  for (int64_t i = 0; i < count; ++i) {
-    int64_t rest = i, at = 0;
-    for (int d = dims - 1; d >= 0; --d) {
-      at += rest % sizes[d] * strides[d];
-      rest /= sizes[d];
-    }
-    std::fill_n(region.access.begin() + at * item_bytes / kUnit, item_bytes / kUnit, output ? kUnwritten : kReadable);
-    if (output) memset(static_cast<char*>(const_cast<void*>(base)) + at * item_bytes, 0xff, item_bytes);  // a NaN
-  }
-  regions_.push_back(std::move(region));
-}
-
-bool Machine::all_written(std::string* which) const {
-  for (size_t r = 0; r < regions_.size(); ++r) {
-    const auto& access = regions_[r].access;
-    const auto hole = std::find(access.begin(), access.end(), static_cast<uint8_t>(kUnwritten));
-    if (hole == access.end()) continue;
-    *which = "buffer " + std::to_string(r) + " was not written at byte " +
-             std::to_string((hole - access.begin()) * static_cast<long>(kUnit));
-    return false;
-  }
-  return true;
 }
 
 uint64_t Machine::random() {
@@ -278,138 +194,6 @@ const Deposit* Machine::exchange(int line, const void* mine, size_t bytes) {
   memcpy(slots[lane()].bytes, mine, bytes);
   arrive(kExchange, line);
   return slots;
-}
-
-Machine::Region* Machine::find(const void* p, size_t bytes, bool write, std::string* why) {
-  *why = "outside every buffer";
-  if (reinterpret_cast<uintptr_t>(p) % (bytes & -bytes)) {
-    *why = "not aligned to its " + std::to_string(bytes & -bytes) + " bytes";
-    return nullptr;
-  }
-  for (Region& region : regions_) {
-    const auto at = static_cast<const char*>(p) - region.base;
-    if (at < 0 || (at + bytes) / kUnit > region.access.size()) continue;
-    bool good = true;
-    for (size_t i = at / kUnit; i < (at + bytes) / kUnit; ++i) {
-      const uint8_t access = region.access[i];
-      if (access != kForbidden && (write ? access >= kUnwritten : access != kUnwritten)) continue;
-      if (access != kForbidden) *why = write ? "in a read-only buffer" : "never written";
-      good = false;
-    }
-    if (good) return &region;
-  }
-  return nullptr;
-}
-
-void Machine::read_global(const void* p, size_t bytes) {
-  std::string why;
-  Region* region = find(p, bytes, false, &why);
-  if (!region) fault("reads " + std::to_string(bytes) + " bytes of global memory " + why, p);
-  if (region->writer.empty()) return;
-  const uint64_t block = block_.x + grid_.x * (block_.y + static_cast<uint64_t>(grid_.y) * block_.z);
-  const uint64_t me = (launch_ << 40) + (block << 11) + current_ + 1;
-  const auto at = (static_cast<const char*>(p) - region->base) / kUnit;
-  if (region->writer[at] >> 40 == launch_ && region->writer[at] != me)
-    fault("reads global memory that another thread of this launch wrote", p);
-}
-
-void Machine::write_global(const void* p, size_t bytes) {
-  std::string why;
-  Region* region = find(p, bytes, true, &why);
-  if (!region) fault("writes " + std::to_string(bytes) + " bytes of global memory " + why, p);
-  const uint64_t block = block_.x + grid_.x * (block_.y + static_cast<uint64_t>(grid_.y) * block_.z);
-  const uint64_t me = (launch_ << 40) + (block << 11) + current_ + 1;
-  const auto at = (static_cast<const char*>(p) - region->base) / kUnit;
-  for (size_t i = at; i < at + bytes / kUnit; ++i) {
-    if (region->writer[i] >> 40 == launch_ && region->writer[i] != me)
-      fault("writes global memory that another thread of this launch wrote", p);
-    region->writer[i] = me;
-    region->access[i] = kWritten;
-  }
-}
-
-Machine::Cell* Machine::cells(const void* p, size_t bytes) {
-  const auto at = static_cast<const char*>(p) - shared();
-  if (at < 0 || at + static_cast<int64_t>(bytes) > shared_bytes_)
-    fault("touches shared memory outside its " + std::to_string(shared_bytes_) + " bytes", p);
-  if (reinterpret_cast<uintptr_t>(p) % (bytes & -bytes)) fault("touches shared memory that is not aligned", p);
-  return &cells_[at / kUnit];
-}
-
-void Machine::read_shared(const void* p, size_t bytes) {
-  Cell* cell = cells(p, bytes);
-  const uint32_t warp_epoch = warps_[current_ / kWarp].epoch;
-  for (size_t i = 0; i < bytes / kUnit; ++i, ++cell) {
-    if (cell->content == kPending) fault("reads shared memory before its asynchronous copy was waited for", p);
-    if (cell->content == kGarbage) fault("reads shared memory that was never written", p);
-    const bool same_warp = cell->writer / kWarp == current_ / kWarp;
-    if (cell->writer != current_ && cell->writer_epoch == epoch_ &&
-        !(same_warp && cell->writer_warp_epoch < warp_epoch))
-      fault("reads shared memory that thread " + std::to_string(cell->writer) + " wrote, with no barrier between", p);
-    if (cell->reader == kNobody || cell->reader_epoch < epoch_) {
-      cell->reader = current_;
-    } else if (cell->reader != current_) {
-      const int theirs = cell->reader <= kWarpOf ? kWarpOf - cell->reader : cell->reader / kWarp;
-      cell->reader = cell->reader != kSeveral && theirs == current_ / kWarp ? kWarpOf - theirs : kSeveral;
-    }
-    cell->reader_epoch = epoch_;
-    cell->reader_warp_epoch = warp_epoch;
-  }
-}
-
-void Machine::claim(Cell* cell, const void* p, bool pending) {
-  const Warp& warp = warps_[current_ / kWarp];
-  const int my_warp = current_ / kWarp;
-  if (cell->content == kPending) fault("writes shared memory where an asynchronous copy is under way", p);
-  if (cell->writer != kNobody && cell->writer != current_ && cell->writer_epoch == epoch_ &&
-      !(cell->writer / kWarp == my_warp && cell->writer_warp_epoch < warp.epoch))
-    fault("writes shared memory that thread " + std::to_string(cell->writer) + " wrote, with no barrier between", p);
-  if (cell->reader != kNobody && cell->reader != current_ && cell->reader_epoch == epoch_) {
-    const int theirs = cell->reader <= kWarpOf ? kWarpOf - cell->reader : cell->reader / kWarp;
-    if (cell->reader == kSeveral || theirs != my_warp || cell->reader_warp_epoch >= warp.epoch)
-      fault("writes shared memory that another thread reads, with no barrier between", p);
-  }
-  cell->content = pending ? kPending : kReady;
-  cell->writer = current_;
-  cell->reader = kNobody;
-  cell->writer_epoch = epoch_;
-  cell->writer_warp_epoch = warp.epoch;
-}
-
-void Machine::write_shared(const void* p, size_t bytes) {
-  Cell* cell = cells(p, bytes);
-  for (size_t i = 0; i < bytes / kUnit; ++i) claim(cell + i, p, false);
-}
-
-void Machine::copy_async(void* to_shared, const void* from_global, int bytes) {
-  if (bytes < 0 || bytes > 16) fault("copies " + std::to_string(bytes) + " bytes of 16", from_global);
-  if (reinterpret_cast<uintptr_t>(from_global) % 16) fault("copies from an address not aligned to 16", from_global);
-  for (int i = 0; i < bytes; i += kUnit) read_global(static_cast<const char*>(from_global) + i, kUnit);
-  Cell* cell = cells(to_shared, 16);
-  for (size_t i = 0; i < 16 / kUnit; ++i) claim(cell + i, to_shared, true);
-  memset(to_shared, 0xff, 16);
-  Thread& me = *threads_[current_];
-  me.copies.push_back({to_shared, from_global, bytes, me.groups});
-}
-
-void Machine::copy_async_commit() { ++threads_[current_]->groups; }
-
-void Machine::copy_async_wait(int newest_left) {
-  Thread& me = *threads_[current_];
-  const auto is_left = [&](const Copy& copy) { return copy.group >= me.groups - newest_left; };
-  for (const Copy& copy : me.copies) {
-    if (is_left(copy)) continue;
-    memset(copy.to, 0, 16);
-    memcpy(copy.to, copy.from, copy.bytes);
-    Cell* cell = cells(copy.to, 16);
-    for (size_t i = 0; i < 16 / kUnit; ++i) {
-      cell[i].content = kReady;
-      cell[i].writer_epoch = epoch_;
-      cell[i].writer_warp_epoch = warps_[current_ / kWarp].epoch;
-    }
-  }
-  me.copies.erase(std::remove_if(me.copies.begin(), me.copies.end(), [&](const Copy& c) { return !is_left(c); }),
-                  me.copies.end());
 }
 
 }  // namespace emulator

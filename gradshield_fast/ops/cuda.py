@@ -95,7 +95,8 @@ def launch(name: str, *arguments: Any) -> None:
         raise RuntimeError(f"{name}: the CUDA extension is not built")
     device = (arguments[0][0] if isinstance(arguments[0], list) else arguments[0]).device
     with torch.cuda.device(device):
-        getattr(compiled, name)(*pack_all(arguments), torch.cuda.current_stream(device).cuda_stream)
+        queue = (torch.cuda.current_stream().cuda_stream, torch.cuda.current_device())
+        getattr(compiled, name)(*pack_all(arguments), queue)
 
 
 def parts(count: int, *sizes: int, like: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ def build(name: str, sources: Sequence[Path]) -> ModuleType:
         pytest.skip("needs g++ to build the emulator")
     digest = hashlib.sha256(" ".join([*FLAGS, *WARNINGS, sysconfig.get_platform(), pybind11.__version__]).encode())
     headers = [path for path in sorted(CSRC.rglob("*")) if path.suffix in (".cuh", ".h")]
-    sources = [*sources, CSRC / "emulator" / "machine.cpp"]
+    sources = [*sources, *sorted((CSRC / "emulator").glob("*.cpp"))]
     for path in [*headers, *sources]:
         digest.update(path.read_bytes())
     folder = ROOT / "build" / "emulator"
@@ -74,4 +74,4 @@ class EmulatedLaunch:
         from gradshield_fast.ops import cuda
 
         self.names.append(name)
-        getattr(self.module, name)(*cuda.pack_all(arguments), 0)
+        getattr(self.module, name)(*cuda.pack_all(arguments), (0, 0))

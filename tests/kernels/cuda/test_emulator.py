@@ -18,7 +18,7 @@ FAULTS = {
     "neighbour_without_barrier": "(reads|writes) shared memory that .*no barrier between|never written",
     "lane_without_warp_barrier": "(reads|writes) shared memory that .*no barrier between|never written",
     "warp_barrier_is_not_enough": "(reads|writes) shared memory that .*no barrier between|never written",
-    "second_round_too_early": "(writes shared memory that another thread reads|reads shared memory that thread [0-9]+ wrote), with no barrier",
+    "second_round_too_early": "shared memory that (another thread reads|thread [0-9]+ wrote), with no barrier between",
     "copy_without_wait": "reads shared memory before its asynchronous copy was waited for",
     "copy_waited_for_too_little": "reads shared memory before its asynchronous copy was waited for",
     "copy_without_barrier": "no barrier between|never written|before its asynchronous copy",

@@ -65,6 +65,29 @@ def test_long_sums_of_one_sign(emulated: EmulatedLaunch, op: str, dtype: torch.d
     assert error_in_bounds(op, c, run(op, c)) <= 1
 
 
+@pytest.mark.parametrize("op", ALL_OPS)
+@pytest.mark.parametrize(("d_in", "d_out", "ranks"), [(0, 5, 3), (5, 0, 3), (0, 0, 3), (5, 4, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_of_nothing_are_zero(
+    emulated: EmulatedLaunch, op: str, d_in: int, d_out: int, ranks: int, dtype: torch.dtype
+) -> None:
+    c = case([3, 2], d_in, d_out, ranks=ranks, dtype_a=dtype)
+    if op == "lowrank_contract":
+        c.a = torch.ones(5, 1, dtype=dtype)  # z is made from its first column
+    if op == "embedding_dot" and not d_out:
+        pytest.skip("an empty table has no ids")
+    out = run(op, c)
+    assert out.isfinite().all()
+    assert error_in_bounds(op, c, out) <= 1
+
+
+def test_repeated_rows_need_not_be_written_out(emulated: EmulatedLaunch) -> None:
+    c = case([4, 30], 40, 24, dtype_a=torch.float32, directions=3)
+    c.g, c.a, c.r = c.g[:1].expand(34, -1), c.a[:, :1].expand(-1, 40), c.r[:1].expand(3, -1, -1)
+    for op in ALL_OPS:
+        assert error_in_bounds(op, c, run(op, c)) <= 1
+
+
 def test_a_wide_output_is_added_in_parts(emulated: EmulatedLaunch) -> None:
     c = case([5], 32, 8 * 64 + 3)
     assert error_in_bounds("ghost_dot", c, run("ghost_dot", c)) <= 1
