@@ -88,9 +88,7 @@ struct MmaTile {
 
   static __device__ __forceinline__ void multiply_step(const TA* tile_a, const TB* tile_b, float (&sums)[kValues]) {
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    float chain[kValues / 4][4];
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) chain[i / 4][i % 4] = 0.0f;
+    float chain[kValues / 4][4] = {};
 #pragma unroll
     for (int k = 0; k < kK; k += 16) {
       uint32_t a[kTermsA][kTilesM][4];
@@ -124,7 +122,8 @@ struct MmaTile {
               for (int m = 0; m < kTilesM; ++m)
 #pragma unroll
                 for (int j = 0; j < 2; ++j)
-                  multiply_16x8x16<kBfloat>(chain[m * kTilesN + n + j], a[s][m], b[order - s][j]);
+                  multiply_16x8x16<kBfloat>(chain[m * kTilesN + n + j], a[s][m], b[order - s][j],
+                                            k == 0 && order == kTermsA + kTermsB - 2);
       }
     }
 #pragma unroll

@@ -50,13 +50,6 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(Bf16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
 __device__ __forceinline__ float to_float(Half x) { return half_bits_to_float(x.bits); }
 
-// Truncation, not rounding: 8 + 8 + 8 significand bits hold float32's 24 and no term can overflow. A NaN whose payload
-// lies in the low half would truncate to infinity, so it is replaced.
-__device__ __forceinline__ uint16_t truncate_to_bf16(float x) {
-  const uint32_t bits = float_bits(x);
-  return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : static_cast<uint16_t>(bits >> 16);
-}
-
 // x = sum of the terms, largest first: one bfloat16 holds a bfloat16, two a float16 (11 bits, exponents well inside),
 // three a float32 of magnitude 2^-109 or more (below, the last term's low bits are under bfloat16's smallest number).
 template <class T>
@@ -74,24 +67,18 @@ struct Bf16Terms<float> {
   static constexpr int value = 3;
 };
 
-template <int kTerms>
-__device__ __forceinline__ void split_bf16(float x, uint16_t (&terms)[kTerms]) {
-  const bool finite = (float_bits(x) & 0x7f800000u) != 0x7f800000u;
-#pragma unroll
-  for (int i = 0; i < kTerms; ++i) {
-    terms[i] = truncate_to_bf16(x);
-    x = finite ? x - bits_float(static_cast<uint32_t>(terms[i]) << 16) : 0.0f;
-  }
-}
-
-// Two neighbours along k, packed as the matrix instruction wants them: the lower k in the lower half.
+// The terms of two neighbours along k, packed as the matrix instruction wants them: the lower k in the lower half.
+// Terms are cut, not rounded: 8 + 8 + 8 significand bits hold float32's 24, no term can overflow, and the upper halves
+// of two registers are packed in one instruction. An infinity leaves a NaN as its second term, so its sums become NaN.
 template <int kTerms>
 __device__ __forceinline__ void split_pair(float x0, float x1, uint32_t (&packed)[kTerms]) {
-  uint16_t t0[kTerms], t1[kTerms];
-  split_bf16(x0, t0);
-  split_bf16(x1, t1);
 #pragma unroll
-  for (int i = 0; i < kTerms; ++i) packed[i] = t0[i] | static_cast<uint32_t>(t1[i]) << 16;
+  for (int i = 0; i < kTerms; ++i) {
+    const uint32_t upper0 = float_bits(x0) & 0xffff0000u, upper1 = float_bits(x1) & 0xffff0000u;
+    packed[i] = upper0 >> 16 | upper1;
+    x0 -= bits_float(upper0);
+    x1 -= bits_float(upper1);
+  }
 }
 
 }  // namespace gradshield

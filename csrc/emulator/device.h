@@ -100,7 +100,8 @@ inline float cut_to_float(double x) {
 }
 
 template <bool kBfloat>
-void multiply_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line = __builtin_LINE()) {
+void multiply_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool first,
+                      int line = __builtin_LINE()) {
   auto& machine = emulator::machine();
   // Decoded once by the lane that owns them: a at [register][half], then b.
   float mine[12];
@@ -119,7 +120,7 @@ void multiply_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)
   for (int i = 0; i < 4; ++i) {
     // a: rows l / 4 (+ 8 in registers 1 and 3), k = 2 (l % 4) (+ 8 in registers 2 and 3); b: column l / 4, the same k.
     const int column = 2 * (lane % 4) + i % 2, lower = i / 2;
-    double sum = c[i];
+    double sum = first ? 0.0 : c[i];
     for (int k = 0; k < 16; ++k) {
       float x, y;
       memcpy(&x, all[lane / 4 * 4 + k % 8 / 2].bytes + 4 * (2 * (lower + 2 * (k / 8)) + k % 2), sizeof x);

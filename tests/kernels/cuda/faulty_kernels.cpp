@@ -217,7 +217,7 @@ void multiplies_matrices(Matrices m) {
   load_matrices(x, a + lane % 16 * 16 + lane / 16 * 8);
   load_matrices(y, b + lane % 8 * 16 + lane / 8 % 2 * 8);
   for (int i = 0; i < 4; ++i) c[i] = load_global(m.c + (lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2);
-  multiply_16x8x16<kBfloat>(c, x, {y[0], y[1]});
+  multiply_16x8x16<kBfloat>(c, x, {y[0], y[1]}, false);
   for (int i = 0; i < 4; ++i) store_global(m.out + (lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2, c[i]);
 }
 
@@ -243,8 +243,8 @@ PYBIND11_MODULE(GRADSHIELD_MODULE, m) {
   m.def("run", &run_kernel);
   m.def("multiply", &multiply);
   m.def("split", [](float x) {
-    uint16_t terms[3];
-    split_bf16(x, terms);
-    return std::vector<uint16_t>(terms, terms + 3);
+    uint32_t terms[3];
+    split_pair(x, 1.0f, terms);
+    return std::vector<uint32_t>{terms[0] & 0xffff, terms[1] & 0xffff, terms[2] & 0xffff};
   });
 }

@@ -11,12 +11,13 @@ int main() {
   // small whole numbers: every sum is exact, so a result is right or wrong
   std::vector<uint16_t> a(kTokens * kStride), g(kTokens * kOut);
   std::vector<float> r(kOut * kStride), parts(2 * kTokens), u(kTokens), truth(kTokens);
+  const auto bf16 = [](float x) { return static_cast<uint16_t>(gradshield::float_bits(x) >> 16); };
   const auto a_at = [](int64_t t, int64_t i) { return static_cast<float>((3 * t + i) % 5); };
   const auto g_at = [](int64_t t, int64_t o) { return static_cast<float>((t + 2 * o) % 3); };
   const auto r_at = [](int64_t o, int64_t i) { return static_cast<float>((5 * o + 3 * i) % 7); };
   for (int64_t t = 0; t < kTokens; ++t) {
-    for (int64_t i = 0; i < kIn; ++i) a[t * kStride + i] = gradshield::truncate_to_bf16(a_at(t, i));
-    for (int64_t o = 0; o < kOut; ++o) g[t * kOut + o] = gradshield::truncate_to_bf16(g_at(t, o));
+    for (int64_t i = 0; i < kIn; ++i) a[t * kStride + i] = bf16(a_at(t, i));
+    for (int64_t o = 0; o < kOut; ++o) g[t * kOut + o] = bf16(g_at(t, o));
     for (int64_t o = 0; o < kOut; ++o)
       for (int64_t i = 0; i < kIn; ++i) truth[t] += g_at(t, o) * (r[o * kStride + i] = r_at(o, i)) * a_at(t, i);
   }

@@ -120,3 +120,27 @@ def test_matrix_instructions_and_asynchronous_copies_are_there(nvcc: str, folder
             assert "HMMA" not in text, name
         assert "ATOM" not in text, name
         assert "RED." not in text, name
+
+
+def hottest_loop(code: str) -> list[str]:
+    """The opcodes of the loop with the most matrix instructions."""
+    instructions = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", code)]
+    loops = []
+    for at, text in instructions:
+        jump = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if jump and int(jump.group(1), 16) <= at:
+            loops.append([body for where, body in instructions if int(jump.group(1), 16) <= where <= at])
+    return max(loops, key=lambda body: sum("HMMA" in text for text in body))
+
+
+# Splitting the direction is work for the other units, beside the matrix instructions. Treating infinities in it once took
+# ten instructions for each of those; this keeps such a thing from coming back unnoticed.
+@pytest.mark.parametrize("arch", setup_cuda.ARCHITECTURES)
+def test_splitting_the_direction_stays_cheap(nvcc: str, folder: Path, arch: str) -> None:
+    _, cubin = compiled(nvcc, "ghost_dot", arch, folder)
+    (code,) = [text for name, text in machine_code(cubin).items() if "MmaTileINS_4Bf16EfLi128ELi64ELb1ELb1E" in name]
+    loop = hottest_loop(code)
+    matrix = sum("HMMA" in text for text in loop)
+    # 4 x 4 pieces of C, two halves of a step, three terms
+    assert matrix == 96
+    assert len(loop) <= 6 * matrix
