@@ -105,7 +105,7 @@ cudaStream_t select(const Queue& queue) {
 }
 
 void bind_ghost_dot(const Packed& a_, const Packed& g_, const Packed& r_, const Packed& parts_, const Packed& u_,
-                    const Queue& queue) {
+                    int64_t slices, const Queue& queue) {
   const char* op = "ghost_dot";
   const Tensor a(a_), g(g_), r(r_), parts(parts_), u(u_);
   need_floats(op, a, 2);
@@ -113,15 +113,17 @@ void bind_ghost_dot(const Packed& a_, const Packed& g_, const Packed& r_, const 
   need_floats(op, r, 3);
   const int64_t tokens = a.sizes[0], d_in = a.sizes[1], d_out = g.sizes[1], directions = r.sizes[0];
   need(g.sizes[0] == tokens && r.sizes[1] == d_out && r.sizes[2] == d_in, op, "a, g and r disagree in shape");
-  const int64_t tiles = (d_out + 63) / 64;
+  need(slices >= 1, op, "there is at least one slice");
+  const int64_t count = slices * ((d_out + 63) / 64);
   need_buffer(op, "u is float32 [tokens, directions]", u, kFloat32, {tokens, directions});
-  need_buffer(op, "parts is float32 [ceil(d_out / 64), or 0 for one, tokens, directions]", parts, kFloat32,
-              {tiles == 1 ? 0 : tiles, tokens, directions});
+  need_buffer(op, "parts is float32 [slices * ceil(d_out / 64), or 0 for one, tokens, directions]", parts, kFloat32,
+              {count == 1 ? 0 : count, tokens, directions});
   check(op, run({&a, &g, &r}, {&parts, &u}, [&] {
-          return ghost_dot({a.data, g.data, r.data, parts.as<float>(), u.as<float>(), tokens, d_in, d_out, directions,
-                            a.strides[0], a.strides[1], g.strides[0], g.strides[1], r.strides[0], r.strides[1],
-                            r.strides[2], a.dtype, g.dtype, r.dtype},
-                           select(queue));
+          return ghost_dot(
+              {a.data,       g.data,       r.data,       parts.as<float>(), u.as<float>(), tokens,       d_in,
+               d_out,        directions,   slices,       a.strides[0],      a.strides[1],  g.strides[0], g.strides[1],
+               r.strides[0], r.strides[1], r.strides[2], a.dtype,           g.dtype,       r.dtype},
+              select(queue));
         }));
 }
 

@@ -1,9 +1,29 @@
-// From the registers of a tile product to rows that a warp can walk along.
+// Around a tile product: sums that are too long for one, and rows that a warp can walk along.
 #pragma once
 
+#include "common/operand.cuh"
 #include "common/reduce.cuh"
 
 namespace gradshield {
+
+// Terms of one sign let the rounding of a running sum drift: over 14336 of them it came to 1.1 of the promised bound,
+// over 2048 to a third. So longer sums are cut, here or by the caller's slices, and their pieces are added.
+constexpr int64_t kLongestSum = 2048;
+
+// As Tile::product, over any length.
+template <class Tile>
+__device__ __forceinline__ void long_product(char* shared, const Operand& a, const Operand& b, int64_t row_a,
+                                             int64_t row_b, int64_t k_begin, int64_t k_end,
+                                             float (&totals)[Tile::kValues]) {
+#pragma unroll
+  for (int i = 0; i < Tile::kValues; ++i) totals[i] = 0.0f;
+  for (int64_t k = k_begin; k < k_end; k += kLongestSum) {
+    float sums[Tile::kValues];
+    Tile::product(shared, a, b, row_a, row_b, k, k + kLongestSum < k_end ? k + kLongestSum : k_end, sums);
+#pragma unroll
+    for (int i = 0; i < Tile::kValues; ++i) totals[i] += sums[i];
+  }
+}
 
 // Eight floats beyond a row: the pairs that four rows of a warp store together fall into different banks.
 template <class Tile>

@@ -27,6 +27,16 @@ __host__ inline bool takes_vectors(const Operand& x) {
          x.stride_row * item_bytes(x.dtype) % 16 == 0;
 }
 
+// Part i of `count` of a summed axis, in whole steps of 32; the last ones may be empty.
+struct Slice {
+  int64_t begin, end;
+};
+
+__host__ __device__ inline Slice slice_of(int64_t width, int64_t count, int64_t i) {
+  const int64_t length = ceil_div(ceil_div(width, 32), count) * 32, begin = i * length;
+  return {begin, begin + length < width ? begin + length : width};
+}
+
 // One element as float32 where a kernel reads too few of them to be worth an instantiation for each dtype.
 __device__ __forceinline__ float load_as_float(const void* data, int32_t dtype, int64_t at) {
   if (dtype == kFloat32) return load_global(static_cast<const float*>(data) + at);

@@ -1,10 +1,10 @@
 // Ghost dot product with K dense directions: position terms, without the [tokens, d_out] product in memory.
 //
 // Maths    u[t, k] = sum_o g[t, o] (sum_i r[k, o, i] a[t, i])
-// Blocks   one for a tile of tokens, 64 outputs and one direction; it leaves parts[o / 64, t, k], which a second
-//          kernel adds in order: enough blocks for the device at any number of tokens, no atomics, the same bits
+// Blocks   one for a tile of tokens, 64 outputs, one direction and a slice of i; it leaves parts[slice, o / 64, t, k],
+//          which a second kernel adds in order: blocks for the whole device, short sums, no atomics, the same bits
 // Traffic  a: K d_out / 64 reads, r: tokens / kM reads, both mostly from the second-level cache (blocks run in groups
-//          of eight token tiles); g: K reads; parts: 4 K tokens d_out / 64 bytes written and read
+//          of eight token tiles); g: K slices reads; parts: 4 K slices tokens d_out / 64 bytes written and read
 // Budget   registers: MmaTile 240, FmaTile 128, sum_parts 64; no spills
 #pragma once
 
@@ -33,12 +33,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) ghost_dot_kerne
   const char* r_k = static_cast<const char*>(p.r) + k * p.stride_r_k * item_bytes(p.dtype_r);
   const Operand r = operand(r_k, p.dtype_r, p.d_out, p.stride_r_o, p.stride_r_i);
   float sums[Tile::kValues];
-  Tile::product(shared, a, r, t0, o0, 0, p.d_in, sums);
+  const Slice i = slice_of(p.d_in, p.slices, blockIdx.z);
+  Tile::product(shared, a, r, t0, o0, i.begin, i.end, sums);
 
   float* rows = reinterpret_cast<float*>(shared);
   RowTile<Tile>::put(rows, sums);
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  float* out = tiles_o == 1 ? p.u : p.parts + i_o * p.tokens * p.directions;
+  float* out = p.slices * tiles_o == 1 ? p.u : p.parts + (blockIdx.z * tiles_o + i_o) * p.tokens * p.directions;
   for (int row = static_cast<int>(threadIdx.x) / 32; row < Tile::kM && t0 + row < p.tokens;
        row += Tile::kThreads / 32) {
     float u = 0.0f;
@@ -53,10 +54,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) ghost_dot_kerne
 template <class Tile>
 cudaError_t launch_ghost_dot(const GhostDotParams& p, cudaStream_t stream) {
   const int64_t blocks = ceil_div(p.tokens, Tile::kM) * ceil_div(p.d_out, Tile::kN);
-  if (blocks > 0x7fffffff || p.directions > 65535) return cudaErrorInvalidValue;
-  return launch("ghost_dot", ghost_dot_kernel<Tile>,
-                dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(p.directions)), Tile::kThreads,
-                RowTile<Tile>::kSharedBytes, stream, p);
+  if (blocks > 0x7fffffff || p.directions > 65535 || p.slices < 1 || p.slices > 65535) return cudaErrorInvalidValue;
+  return launch(
+      "ghost_dot", ghost_dot_kernel<Tile>,
+      dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(p.directions), static_cast<unsigned>(p.slices)),
+      Tile::kThreads, RowTile<Tile>::kSharedBytes, stream, p);
 }
 
 template <class TA, class TR>
@@ -82,9 +84,9 @@ cudaError_t ghost_dot(const GhostDotParams& p, cudaStream_t stream) {
   const cudaError_t error = p.dtype_a == kFloat32   ? launch_ghost_dot<FmaTile<64, kGhostDotOutputs>>(p, stream)
                             : p.dtype_a == kFloat16 ? launch_ghost_dot_mma<Half>(p, stream)
                                                     : launch_ghost_dot_mma<Bf16>(p, stream);
-  const int64_t tiles_o = ceil_div(p.d_out, kGhostDotOutputs);
-  if (error != cudaSuccess || tiles_o == 1) return error;
-  return sum_parts({p.parts, p.u, tiles_o, p.tokens * p.directions}, stream);
+  const int64_t parts = p.slices * ceil_div(p.d_out, kGhostDotOutputs);
+  if (error != cudaSuccess || parts == 1) return error;
+  return sum_parts({p.parts, p.u, parts, p.tokens * p.directions}, stream);
 }
 
 }  // namespace gradshield

@@ -25,9 +25,8 @@ struct LowrankPlace {
 
 __device__ __forceinline__ LowrankPlace lowrank_place(const ProjectParams& p) {
   const int64_t tiles_j = ceil_div(p.ranks, kLowrankRanks), i_j = blockIdx.x % tiles_j;
-  const int64_t length = ceil_div(ceil_div(p.width, 32), p.slices) * 32, begin = blockIdx.y * length;
-  return {blockIdx.x / tiles_j * kLowrankTokens, i_j, i_j * kLowrankRanks, begin,
-          begin + length < p.width ? begin + length : p.width};
+  const Slice i = slice_of(p.width, p.slices, blockIdx.y);
+  return {blockIdx.x / tiles_j * kLowrankTokens, i_j, i_j * kLowrankRanks, i.begin, i.end};
 }
 
 template <class Tile>

@@ -37,19 +37,20 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) ghost_inner_ker
   float x[Tile::kValues], y[Tile::kValues];
   if constexpr (kOuter) {
     const int64_t o0 = first * kInnerTile, i0 = second * kInnerTile;
-    Tile::product(shared, columns_as_rows(p.left1, p.left_width), columns_as_rows(p.right1, p.right_width), o0, i0,
-                  start, end, x);
+    long_product<Tile>(shared, columns_as_rows(p.left1, p.left_width), columns_as_rows(p.right1, p.right_width), o0, i0,
+                       start, end, x);
     if (p.same) {
 #pragma unroll
       for (int i = 0; i < Tile::kValues; ++i) y[i] = x[i];
     } else {
-      Tile::product(shared, columns_as_rows(p.left2, p.left_width), columns_as_rows(p.right2, p.right_width), o0, i0,
-                    start, end, y);
+      long_product<Tile>(shared, columns_as_rows(p.left2, p.left_width), columns_as_rows(p.right2, p.right_width), o0,
+                         i0, start, end, y);
     }
   } else {
     const int64_t t0 = start + first * kInnerTile, u0 = start + second * kInnerTile;
-    Tile::product(shared, tokens_as_rows(p.left1, end), tokens_as_rows(p.left2, end), t0, u0, 0, p.left_width, x);
-    Tile::product(shared, tokens_as_rows(p.right1, end), tokens_as_rows(p.right2, end), t0, u0, 0, p.right_width, y);
+    long_product<Tile>(shared, tokens_as_rows(p.left1, end), tokens_as_rows(p.left2, end), t0, u0, 0, p.left_width, x);
+    long_product<Tile>(shared, tokens_as_rows(p.right1, end), tokens_as_rows(p.right2, end), t0, u0, 0, p.right_width,
+                       y);
   }
   float sum = 0.0f;
 #pragma unroll

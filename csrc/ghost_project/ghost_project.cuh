@@ -7,7 +7,7 @@
 // Budget   registers: FmaTile 128; no spills
 #pragma once
 
-#include "common/reduce.cuh"
+#include "common/epilogue.cuh"
 #include "common/tile_fma.cuh"
 #include "ghost_project/ghost_project.h"
 
@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) outer_sum_kerne
   const int64_t start = load_global(p.cu_seqlens + n), end = load_global(p.cu_seqlens + n + 1);
   const int64_t begin = start < 0 ? 0 : start, stop = end > p.tokens ? p.tokens : end;
   float sums[Tile::kValues];
-  Tile::product(dynamic_shared(), operand(p.left, kFloat32, p.k_out, 1, p.k_out),
-                operand(p.right, kFloat32, p.k_in, 1, p.k_in), o0, i0, begin, stop, sums);
+  long_product<Tile>(dynamic_shared(), operand(p.left, kFloat32, p.k_out, 1, p.k_out),
+                     operand(p.right, kFloat32, p.k_in, 1, p.k_in), o0, i0, begin, stop, sums);
 #pragma unroll
   for (int i = 0; i < Tile::kValues; ++i) {
     const int64_t o = o0 + Tile::row_of(i), c = i0 + Tile::column_of(i);

@@ -15,6 +15,9 @@ import torch
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int64: 3, torch.int32: 4}
 """The codes of `csrc/common/runtime.h`."""
 
+LONGEST_SUM = 2048
+"""Terms that a running float32 sum takes before it starts anew: see csrc/common/epilogue.cuh."""
+
 Packed = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
@@ -113,11 +116,25 @@ def parts(count: int, *sizes: int, like: torch.Tensor) -> torch.Tensor:
     return torch.empty((0 if count == 1 else count, *sizes), dtype=torch.float32, device=like.device)
 
 
-def slices(tokens: int, ranks: int, width: int) -> int:
-    """Choose into how many slices a thin product cuts its summed axis, from the shape alone.
+def slices(blocks: int, width: int) -> int:
+    """Choose into how many slices a product cuts its summed axis, from the shape alone.
 
-    A block covers 64 tokens and 32 ranks. About 256 blocks keep the reading of a large GPU busy; a slice shorter than
-    eight steps of 32 would cost more to start than it reads.
+    At most `LONGEST_SUM` terms in one, for the error bound. Beyond that, about 256 blocks keep a large GPU busy, while
+    a slice shorter than eight steps of 32 would cost more to start than it does.
+
+    Args:
+        blocks: blocks without slices.
+        width: length of the summed axis.
+
+    Returns:
+        At least 1.
+    """
+    wanted = min(-(-256 // max(blocks, 1)), -(-width // 32) // 8)
+    return max(1, -(-width // LONGEST_SUM), wanted)
+
+
+def thin_slices(tokens: int, ranks: int, width: int) -> int:
+    """Choose the slices of a thin product, whose blocks cover 64 tokens and 32 ranks.
 
     Args:
         tokens: rows of the product.
@@ -127,8 +144,7 @@ def slices(tokens: int, ranks: int, width: int) -> int:
     Returns:
         At least 1.
     """
-    blocks = -(-tokens // 64) * -(-ranks // 32)
-    return max(1, min(-(-256 // max(blocks, 1)), -(-width // 32) // 8))
+    return slices(-(-tokens // 64) * -(-ranks // 32), width)
 
 
 def factor(w: torch.Tensor) -> torch.Tensor:
@@ -155,7 +171,7 @@ def thin_product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         Float32[Tensor, "tokens ranks"].
     """
     tokens, ranks = x.shape[0], w.shape[1]
-    cut = slices(tokens, ranks, x.shape[1])
+    cut = thin_slices(tokens, ranks, x.shape[1])
     z = torch.empty(tokens, ranks, dtype=torch.float32, device=x.device)
     launch("lowrank_project", x, factor(w), parts(cut, tokens, ranks, like=x), z, cut)
     return z

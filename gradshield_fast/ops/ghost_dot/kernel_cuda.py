@@ -6,8 +6,8 @@ import torch
 
 from gradshield_fast.ops import cuda
 
-OUTPUTS = 64
-"""Outputs of a block; each leaves one part of a position term."""
+TOKENS, OUTPUTS = 128, 64
+"""Tokens and outputs of a block; it leaves one part of its tokens' position terms."""
 
 PARTS_LIMIT = 1 << 26
 """Parts that are kept at once (256 MiB): above, tokens are taken in turns."""
@@ -41,9 +41,10 @@ def ghost_dot(a: torch.Tensor, g: torch.Tensor, r: torch.Tensor) -> torch.Tensor
     tokens, directions = a.shape[0], r.shape[0]
     tiles = -(-g.shape[1] // OUTPUTS)
     u = torch.empty(tokens, directions, dtype=torch.float32, device=a.device)
-    step = max(1024, PARTS_LIMIT // max(1, tiles * directions))
+    cut = cuda.slices(-(-tokens // TOKENS) * tiles * directions, a.shape[1])
+    step = max(1024, PARTS_LIMIT // max(1, cut * tiles * directions))
     for start in range(0, tokens, step):
         at = slice(start, min(start + step, tokens))
-        left = cuda.parts(tiles, at.stop - at.start, directions, like=a)
-        cuda.launch("ghost_dot", a[at], g[at], r, left, u[at])
+        left = cuda.parts(cut * tiles, at.stop - at.start, directions, like=a)
+        cuda.launch("ghost_dot", a[at], g[at], r, left, u[at], cut)
     return u

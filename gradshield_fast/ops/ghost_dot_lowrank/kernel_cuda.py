@@ -48,7 +48,7 @@ def lowrank_contract(z: torch.Tensor, g: torch.Tensor, p: torch.Tensor, member: 
         Float32[Tensor, "tokens directions"].
     """
     tokens, ranks, directions = g.shape[0], p.shape[1], member.shape[1]
-    cut = cuda.slices(tokens, ranks, g.shape[1])
+    cut = cuda.thin_slices(tokens, ranks, g.shape[1])
     u = torch.empty(tokens, directions, dtype=torch.float32, device=g.device)
     left = cuda.parts(cut * -(-ranks // RANKS), tokens, directions, like=g)
     cuda.launch("lowrank_contract", z.float(), g, cuda.factor(p), member.float(), left, u, cut)

@@ -10,7 +10,7 @@ int main() {
   constexpr int64_t kTokens = 70, kIn = 100, kOut = 72, kStride = 104;
   // small whole numbers: every sum is exact, so a result is right or wrong
   std::vector<uint16_t> a(kTokens * kStride), g(kTokens * kOut);
-  std::vector<float> r(kOut * kStride), parts(2 * kTokens), u(kTokens), truth(kTokens);
+  std::vector<float> r(kOut * kStride), parts(4 * kTokens), u(kTokens), truth(kTokens);
   const auto bf16 = [](float x) { return static_cast<uint16_t>(gradshield::float_bits(x) >> 16); };
   const auto a_at = [](int64_t t, int64_t i) { return static_cast<float>((3 * t + i) % 5); };
   const auto g_at = [](int64_t t, int64_t o) { return static_cast<float>((t + 2 * o) % 3); };
@@ -29,12 +29,25 @@ int main() {
   allow(a.data(), kTokens, kIn, kStride, 2, false);
   allow(g.data(), kTokens, kOut, kOut, 2, false);
   allow(r.data(), kOut, kIn, kStride, 4, false);
-  allow(parts.data(), 2, kTokens, kTokens, 4, true);
+  allow(parts.data(), 4, kTokens, kTokens, 4, true);
   allow(u.data(), 1, kTokens, kTokens, 4, true);
-  gradshield::ghost_dot(
-      {a.data(), g.data(), r.data(), parts.data(), u.data(), kTokens, kIn, kOut, 1, kStride, 1, kOut, 1, kOut * kStride,
-       kStride, 1, gradshield::kBfloat16, gradshield::kBfloat16, gradshield::kFloat32},
-      nullptr);
+  gradshield::GhostDotParams p{};
+  p.a = a.data();
+  p.g = g.data();
+  p.r = r.data();
+  p.parts = parts.data();
+  p.u = u.data();
+  p.tokens = kTokens;
+  p.d_in = kIn;
+  p.d_out = kOut;
+  p.directions = 1;
+  p.slices = 2;
+  p.stride_a_t = p.stride_r_o = kStride;
+  p.stride_g_t = kOut;
+  p.stride_a_i = p.stride_g_o = p.stride_r_i = 1;
+  p.dtype_a = p.dtype_g = gradshield::kBfloat16;
+  p.dtype_r = gradshield::kFloat32;
+  gradshield::ghost_dot(p, nullptr);
   std::string problem = machine.error();
   if (problem.empty()) machine.all_written(&problem);
   if (problem.empty() && u != truth) problem = "wrong result";

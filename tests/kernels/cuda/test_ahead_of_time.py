@@ -133,8 +133,8 @@ def hottest_loop(code: str) -> list[str]:
     return max(loops, key=lambda body: sum("HMMA" in text for text in body))
 
 
-# Splitting the direction is work for the other units, beside the matrix instructions. Treating infinities in it once took
-# ten instructions for each of those; this keeps such a thing from coming back unnoticed.
+# Splitting the direction is work for the other units, beside the matrix instructions. Treating infinities in it once
+# took ten instructions for each of those; this keeps such a thing from coming back unnoticed.
 @pytest.mark.parametrize("arch", setup_cuda.ARCHITECTURES)
 def test_splitting_the_direction_stays_cheap(nvcc: str, folder: Path, arch: str) -> None:
     _, cubin = compiled(nvcc, "ghost_dot", arch, folder)

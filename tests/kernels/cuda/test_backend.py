@@ -49,10 +49,17 @@ def test_a_launch_without_the_module_says_so(no_module: None) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "ranks", "width", "expected"),
-    [(1, 1, 1, 1), (16384, 16, 4096, 1), (512, 16, 4096, 16), (64, 16, 14336, 56), (64, 16, 255, 1), (0, 16, 4096, 16)],
+    [
+        (1, 1, 1, 1),
+        (16384, 16, 2048, 1),
+        (16384, 16, 4096, 2),
+        (512, 16, 4096, 16),
+        (64, 16, 14336, 56),
+        (64, 16, 255, 1),
+    ],
 )
 def test_slices_fill_a_device_but_stay_long(tokens: int, ranks: int, width: int, expected: int) -> None:
-    assert cuda.slices(tokens, ranks, width) == expected
+    assert cuda.thin_slices(tokens, ranks, width) == expected
 
 
 def test_a_factor_is_copied_only_where_its_layout_is_another() -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gradshield_fast.ops import cuda
 from gradshield_fast.ops.ghost_norm_sq import kernel_cuda as norm_cuda
 from tests.kernels.cuda.cases import LAYOUTS, OPS, case, error_in_bounds, run
 from tests.kernels.cuda.emulator import EmulatedLaunch
@@ -85,6 +86,27 @@ def test_repeated_rows_need_not_be_written_out(emulated: EmulatedLaunch) -> None
     c = case([4, 30], 40, 24, dtype_a=torch.float32, directions=3)
     c.g, c.a, c.r = c.g[:1].expand(34, -1), c.a[:, :1].expand(-1, 40), c.r[:1].expand(3, -1, -1)
     for op in ALL_OPS:
+        assert error_in_bounds(op, c, run(op, c)) <= 1
+
+
+# One token and one output: nothing averages the rounding of the one long sum.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", ALL_OPS)
+def test_one_very_long_sum_of_one_sign(
+    emulated: EmulatedLaunch, monkeypatch: pytest.MonkeyPatch, op: str, dtype: torch.dtype
+) -> None:
+    # as many slices as a large batch has: those that the bound asks for, none to fill the device
+    monkeypatch.setattr(cuda, "slices", lambda blocks, width: max(1, -(-width // cuda.LONGEST_SUM)))
+    for seed in range(2):
+        c = case([1, 3], 14336, 1, dtype_a=dtype, positive=True, directions=1, seed=seed)
+        if op == "lowrank_contract":
+            c = case([1, 3], 1, 14336, dtype_a=dtype, positive=True, directions=1, seed=seed)
+        assert error_in_bounds(op, c, run(op, c)) <= 1
+
+
+def test_a_very_long_example(emulated: EmulatedLaunch) -> None:
+    c = case([6000], 8, 5, dtype_a=torch.float32, positive=True, directions=1)
+    for op in ("ghost_norm_sq", "ghost_project"):
         assert error_in_bounds(op, c, run(op, c)) <= 1
 
 
