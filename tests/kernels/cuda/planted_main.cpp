@@ -7,7 +7,7 @@
 #include "ghost_dot/ghost_dot.cuh"
 
 int main() {
-  constexpr int64_t kTokens = 70, kIn = 100, kOut = 72, kStride = 104;
+  constexpr int64_t kTokens = 70, kIn = 200, kOut = 72, kStride = 208;
   // small whole numbers: every sum is exact, so a result is right or wrong
   std::vector<uint16_t> a(kTokens * kStride), g(kTokens * kOut);
   std::vector<float> r(kOut * kStride), parts(4 * kTokens), u(kTokens), truth(kTokens);

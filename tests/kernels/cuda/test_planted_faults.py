@@ -24,12 +24,7 @@ FAULTS = {
     "no barrier in the epilogue": ("common/epilogue.cuh", "sync_block();", "", RACE),
     "tokens beyond the last": (DOT, "&& t0 + row < p.tokens", "", "outside every buffer"),
     "outputs beyond the last": (DOT, "&& o0 + n < p.d_out", "", "outside every buffer"),
-    "a part left out": (
-        "ghost_dot/ghost_dot.cuh",
-        "sum_parts({p.parts, p.u, tiles_o,",
-        "sum_parts({p.parts, p.u, 1,",
-        "wrong result",
-    ),
+    "a part left out": (DOT, "p.u, parts, p.tokens", "p.u, 1, p.tokens", "wrong result"),
     "swapped registers": (TILE, "b[s][i / 2][i % 2] = terms[s]", "b[s][i % 2][i / 2] = terms[s]", "wrong result"),
 }
 
