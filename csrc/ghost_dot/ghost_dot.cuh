@@ -20,7 +20,7 @@ constexpr int kGhostDotOutputs = 64;
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) ghost_dot_kernel(GhostDotParams p) {
   static_assert(Tile::kN == kGhostDotOutputs, "parts are counted in tiles of outputs");
-  static_assert(RowTile<Tile>::kSharedBytes <= 60 * 1024, "two blocks fit on a multiprocessor from 8.0 to 10.0");
+  static_assert(RowTile<Tile>::kSharedBytes <= 60 * 1024, "two blocks fit into the 164 KiB of 8.0");
   constexpr int64_t kGroup = 8;
   const int64_t tiles_t = ceil_div(p.tokens, Tile::kM), tiles_o = ceil_div(p.d_out, Tile::kN);
   const int64_t first = blockIdx.x / (kGroup * tiles_o) * kGroup, in_group = blockIdx.x % (kGroup * tiles_o);

@@ -6,17 +6,14 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.kernels.cuda.emulator import CSRC, ROOT
-
-sys.path.insert(0, str(ROOT))
 import setup_cuda
+from tests.kernels.cuda.emulator import CSRC
 
 OPS = ["ghost_dot", "ghost_dot_lowrank", "ghost_norm_sq", "ghost_project", "embedding_dot"]
 

@@ -8,16 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import setup_cuda
 from gradshield_fast.ops import cuda
 from gradshield_fast.ops.embedding_dot import kernel_cuda as embedding
 from gradshield_fast.ops.ghost_dot import kernel_cuda as dot
 from gradshield_fast.ops.ghost_dot_lowrank import kernel_cuda as lowrank
 from gradshield_fast.ops.ghost_norm_sq import kernel_cuda as norm
 from gradshield_fast.ops.ghost_project import kernel_cuda as project
-from tests.kernels.cuda.emulator import ROOT
-
-sys.path.insert(0, str(ROOT))
-import setup_cuda
 
 
 @pytest.fixture
