@@ -21,7 +21,7 @@ struct MmaTile {
   static constexpr int kM = kM_, kN = kN_, kK = 32, kStages = 3;
   static constexpr bool kVectorA = kVectorA_, kVectorB = kVectorB_;
   static constexpr int kThreads = 128;                       // 2 x 2 warps
-  static constexpr int kBlocks = kM * kN > 64 * 64 ? 2 : 3;  // on a multiprocessor, as registers allow
+  static constexpr int kBlocks = kM * kN > 64 * 32 ? 2 : 3;  // on a multiprocessor, as registers allow
   static constexpr int kWarpM = kM / 2, kWarpN = kN / 2, kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;
   static constexpr int kValues = kTilesM * kTilesN * 4;  // of C, for each thread
 

@@ -6,7 +6,7 @@
 //          matrices of products of its tile stay in registers, their elementwise product leaves as one number
 // Traffic  form "tokens": for each tile 64 tokens of all four factors; form "outer": for each tile 64 columns of both
 //          sides; items: 16 bytes a tile; parts: 4 bytes a tile; a second kernel adds an example's parts in order
-// Budget   registers: MmaTile 168, FmaTile 128, sum_items 64; no spills
+// Budget   registers: MmaTile 224, FmaTile 128, sum_items 64; no spills
 #pragma once
 
 #include "common/epilogue.cuh"
