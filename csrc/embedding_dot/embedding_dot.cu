@@ -1,0 +1,1 @@
+#include "embedding_dot/embedding_dot.cuh"

@@ -1,0 +1,1 @@
+#include "ghost_dot/ghost_dot.cuh"

@@ -1,0 +1,1 @@
+#include "ghost_dot_lowrank/ghost_dot_lowrank.cuh"

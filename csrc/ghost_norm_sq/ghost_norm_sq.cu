@@ -1,0 +1,1 @@
+#include "ghost_norm_sq/ghost_norm_sq.cuh"

@@ -1,0 +1,1 @@
+#include "ghost_project/ghost_project.cuh"
