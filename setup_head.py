@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent
 QUIET = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
 """What g++ 12 says of its own AVX-512 headers."""
 
-FLAGS = ("-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-pthread", "-Wall", "-Wextra")
+FLAGS = ("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-pthread", "-Wall", "-Wextra")
 SOURCES = ("amx_item.cpp", "avx512_item.cpp", "bf16_item.cpp", "cpu.cpp", "finish.cpp", "head.cpp", "module.cpp")
 
 

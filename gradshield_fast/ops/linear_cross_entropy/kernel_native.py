@@ -44,8 +44,9 @@ def why_not(*inputs: torch.Tensor | None) -> str | None:
     other = next((x.dtype for x in given if x.dtype not in DTYPES), None)
     if other is not None:
         return f"needs float32, float16 or bfloat16, got {other}"
-    if given and given[1].shape[0] >= 2**31:
-        return f"needs a vocabulary below 2^31, got {given[1].shape[0]}"
+    weight = inputs[1] if len(inputs) > 1 else None
+    if weight is not None and weight.shape[0] >= 2**31:
+        return f"needs a vocabulary below 2^31, got {weight.shape[0]}"
     return None if level() > 0 else "needs a CPU with AVX-512 (F, BW, DQ, VL) and FMA"
 
 
