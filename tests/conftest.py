@@ -12,7 +12,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 from tiny import save_tiny
+
+# for tests/mutation: whether a test fails is asked there, not on which smallest example
+settings.register_profile("mutation", phases=[Phase.explicit, Phase.generate])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -110,7 +110,9 @@ def tests(folder: Path, names: tuple[str, ...], *, interpreted: bool) -> subproc
         What pytest printed.
     """
     return run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *names], folder, interpreted=interpreted
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=mutation"],
+        folder,
+        interpreted=interpreted,
     )
 
 
