@@ -32,6 +32,7 @@ class Mutation:
 
 TRITON = "tests/kernels/triton/interpreted.py"
 NATIVE = ("tests/kernels/native/test_kernels.py",)
+CUDA = ("tests/kernels/cuda/test_kernels.py",)
 ROOMS = "gradshield_fast/ops"
 
 
@@ -44,6 +45,10 @@ def _triton(name: str, what: str, file: str, old: str, new: str, *tests: str) ->
 
 def _native(name: str, what: str, file: str, old: str, new: str, *tests: str) -> Mutation:
     return Mutation(f"native-{name}", what, f"csrc/{file}", old, new, tests or NATIVE, builds=True)
+
+
+def _cuda(name: str, what: str, file: str, old: str, new: str) -> Mutation:
+    return Mutation(f"cuda-{name}", what, f"csrc/{file}", old, new, CUDA)
 
 
 IN_TRITON = (
@@ -290,4 +295,91 @@ IN_CPP = (
     ),
 )
 
-MUTATIONS: tuple[Mutation, ...] = (*IN_TRITON, *IN_CPP)
+IN_CUDA = (
+    _cuda(
+        "scaled",
+        "position terms a thousandth too large",
+        "ghost_dot/ghost_dot.cuh",
+        "store_global(out + (t0 + row) * p.directions + k, u);",
+        "store_global(out + (t0 + row) * p.directions + k, u * 1.001f);",
+    ),
+    _cuda(
+        "lowrank-mask",
+        "ranks beyond the last written",
+        "ghost_dot_lowrank/ghost_dot_lowrank.cuh",
+        "if (t < p.tokens && j < p.ranks) store_global",
+        "if (t < p.tokens && j <= p.ranks) store_global",
+    ),
+    _cuda(
+        "lowrank-member",
+        "columns counted for every direction",
+        "ghost_dot_lowrank/ghost_dot_lowrank.cuh",
+        "warp_sum(term * share)",
+        "warp_sum(term * (0.0f * share + 1.0f))",
+    ),
+    _cuda(
+        "wait",
+        "asynchronous copies not waited for",
+        "common/tile_mma.cuh",
+        "      copy_async_wait<kStages - 2>();\n",
+        "",
+    ),
+    _cuda(
+        "mma-barrier",
+        "no barrier between the wait and the multiplication",
+        "common/tile_mma.cuh",
+        "      sync_block();\n      const int64_t ahead",
+        "      const int64_t ahead",
+    ),
+    _cuda(
+        "fma-barrier-before",
+        "float32 tiles read before all threads have filled them",
+        "common/tile_fma.cuh",
+        "      put<kN, kPitchB>(tile_b, held_b, b);\n      sync_block();",
+        "      put<kN, kPitchB>(tile_b, held_b, b);",
+    ),
+    _cuda(
+        "fma-barrier-after",
+        "float32 tiles filled again while others read them",
+        "common/tile_fma.cuh",
+        "      for (int i = 0; i < kValues; ++i) sums[i] += chain[i];\n      sync_block();",
+        "      for (int i = 0; i < kValues; ++i) sums[i] += chain[i];",
+    ),
+    _cuda(
+        "embedding-direction",
+        "every direction is the first",
+        "embedding_dot/embedding_dot.cuh",
+        "static_cast<const TR*>(p.r) + k * p.stride_r_k",
+        "static_cast<const TR*>(p.r) + 0 * k * p.stride_r_k",
+    ),
+    _cuda(
+        "embedding-tail",
+        "the last element of a row left out",
+        "embedding_dot/embedding_dot.cuh",
+        "known && i < p.width; i += 32",
+        "known && i + 1 < p.width; i += 32",
+    ),
+    _cuda(
+        "project-strides",
+        "the strides of a projection swapped",
+        "ghost_project/ghost_project.cuh",
+        "operand(p.left, kFloat32, p.k_out, 1, p.k_out)",
+        "operand(p.left, kFloat32, p.k_out, p.k_out, 1)",
+    ),
+    _cuda(
+        "norm-item",
+        "the last tile of an example left out",
+        "ghost_norm_sq/ghost_norm_sq.cuh",
+        "threadIdx.x % 32; i < stop; i += 32)",
+        "threadIdx.x % 32; i + 1 < stop; i += 32)",
+    ),
+    _cuda(
+        "parts",
+        "the first part of a cut sum left out",
+        "common/reduce.cuh",
+        "for (int64_t c = 0; c < p.count; ++c)",
+        "for (int64_t c = 1; c < p.count; ++c)",
+    ),
+)
+
+MUTATIONS: tuple[Mutation, ...] = (*IN_TRITON, *IN_CPP, *IN_CUDA)

@@ -109,11 +109,8 @@ def tests(folder: Path, names: tuple[str, ...], *, interpreted: bool) -> subproc
     Returns:
         What pytest printed.
     """
-    return run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=mutation"],
-        folder,
-        interpreted=interpreted,
-    )
+    quiet = ["-q", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=mutation"]
+    return run([sys.executable, "-m", "pytest", *quiet, *names], folder, interpreted=interpreted)
 
 
 def attempt(mutation: Mutation, folder: Path) -> Outcome:
