@@ -212,6 +212,7 @@ IN_CPP = (
         "common/product.h",
         "c < width ? load1(b.at(k + done, first + c), b.dtype) : 0.0f",
         "c <= width ? load1(b.at(k + done, first + c), b.dtype) : 0.0f",
+        "tests/kernels/native/test_process.py",
     ),
     _native(
         "tail",

@@ -147,28 +147,31 @@ def attempt(mutation: Mutation, folder: Path) -> Outcome:
     return outcome("caught", failed[1].split(" - ")[0])
 
 
-def table(outcomes: list[Outcome]) -> str:
-    """Lay the outcomes out.
+def table(outcomes: list[Outcome], before: str) -> str:
+    """Lay the outcomes out; a mutation that was not tried keeps the row it had.
 
     Args:
-        outcomes: of every mutation.
+        outcomes: of the mutations that were tried.
+        before: the table as it was, or "".
 
     Returns:
         Markdown.
     """
-    caught = sum(o.verdict == "caught" for o in outcomes)
-    lines = [
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in before.splitlines() if line.startswith("| ")}
+    for o in outcomes:
+        m, by = o.mutation, o.detail.replace("|", "\\|").replace("\n", " ")
+        rows[m.name] = f"| {m.name} | `{m.file}` | {m.what} | {o.verdict} | {by} |"
+    kept = [rows[m.name] for m in MUTATIONS if m.name in rows]
+    caught = sum(" | caught | " in row for row in kept)
+    head = [
         "# Kernels broken on purpose",
         "",
-        f"`make test-mutation`: {caught} of {len(outcomes)} mutations caught. The test is the first that failed.",
+        f"`make test-mutation`: {caught} of {len(MUTATIONS)} mutations caught. The test is the first that failed.",
         "",
         "| mutation | file | what is broken | verdict | by |",
         "|---|---|---|---|---|",
     ]
-    for o in outcomes:
-        m, by = o.mutation, o.detail.replace("|", "\\|").replace("\n", " ")
-        lines.append(f"| {m.name} | `{m.file}` | {m.what} | {o.verdict} | {by} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*head, *kept]) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -181,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         0 where every mutation was caught.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], help="names of mutations; the table is then not written")
+    parser.add_argument("--only", nargs="+", default=[], help="names of mutations; the others keep their rows")
     parser.add_argument("--list", action="store_true", help="name the mutations and end")
     options = parser.parse_args(argv)
     chosen = [m for m in MUTATIONS if not options.only or m.name in options.only]
@@ -211,8 +214,8 @@ def main(argv: list[str] | None = None) -> int:
             dirty = mutation.builds
             last = outcomes[-1]
             print(f"{last.verdict:9s} {mutation.name:32s} {last.seconds:6.1f} s  {last.detail}", flush=True)
-    if not options.only:
-        TABLE.write_text(table(outcomes), encoding="utf-8")
+    before = TABLE.read_text(encoding="utf-8") if TABLE.exists() else ""
+    TABLE.write_text(table(outcomes, before), encoding="utf-8")
     return int(any(o.verdict != "caught" for o in outcomes))
 
 
