@@ -23,6 +23,7 @@ SIZES = [
     Size([2, 49], 210, 131, 140),
     Size([], 8, 8, 4),
     Size([3, 2], 0, 7, 3),
+    Size([3, 0, 2], 24, 2500, 4),  # rows longer than the 1024 elements that are taken at once
 ]
 
 
