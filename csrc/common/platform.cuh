@@ -36,15 +36,21 @@ __device__ __forceinline__ char* dynamic_shared() {
   return buffer;
 }
 
-__device__ __forceinline__ void sync_block() { __syncthreads(); }
-__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+__device__ __forceinline__ void sync_block() {
+  __syncthreads();
+}
+__device__ __forceinline__ void sync_warp() {
+  __syncwarp();
+}
 
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-__device__ __forceinline__ float half_bits_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+__device__ __forceinline__ float half_bits_to_float(uint16_t bits) {
+  return __half2float(__ushort_as_half(bits));
+}
 
 // Copies `bytes` (0 to 16) and fills the rest of the 16 with zeros, past the registers and the first cache.
 __device__ __forceinline__ void copy_async_16(void* to_shared, const void* from_global, int bytes) {
@@ -53,7 +59,9 @@ __device__ __forceinline__ void copy_async_16(void* to_shared, const void* from_
       "l"(from_global), "r"(bytes)
       : "memory");
 }
-__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copy_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 template <int kNewestLeft>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kNewestLeft) : "memory");

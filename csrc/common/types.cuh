@@ -32,7 +32,9 @@ struct DtypeOf<Bf16> {
   static constexpr Dtype value = kBfloat16;
 };
 
-__host__ __device__ inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+__host__ __device__ inline int64_t ceil_div(int64_t x, int64_t y) {
+  return (x + y - 1) / y;
+}
 
 __device__ __forceinline__ uint32_t float_bits(float x) {
   uint32_t bits;
@@ -46,9 +48,15 @@ __device__ __forceinline__ float bits_float(uint32_t bits) {
   return x;
 }
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(Bf16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
-__device__ __forceinline__ float to_float(Half x) { return half_bits_to_float(x.bits); }
+__device__ __forceinline__ float to_float(float x) {
+  return x;
+}
+__device__ __forceinline__ float to_float(Bf16 x) {
+  return bits_float(static_cast<uint32_t>(x.bits) << 16);
+}
+__device__ __forceinline__ float to_float(Half x) {
+  return half_bits_to_float(x.bits);
+}
 
 // x = sum of the terms, largest first: one bfloat16 holds a bfloat16, two a float16 (11 bits, exponents well inside),
 // three a float32 of magnitude 2^-109 or more (below, the last term's low bits are under bfloat16's smallest number).

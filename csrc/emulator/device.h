@@ -27,7 +27,9 @@ struct alignas(16) float4 {
 };
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
 
 namespace gradshield {
 
@@ -52,11 +54,17 @@ void store_shared(T* p, T value) {
   *p = value;
 }
 
-inline char* dynamic_shared() { return emulator::machine().shared(); }
+inline char* dynamic_shared() {
+  return emulator::machine().shared();
+}
 
 // The line tells two barriers apart: threads of a block that wait at different ones have diverged.
-inline void sync_block(int line = __builtin_LINE()) { emulator::machine().sync_block(line); }
-inline void sync_warp(int line = __builtin_LINE()) { emulator::machine().sync_warp(line); }
+inline void sync_block(int line = __builtin_LINE()) {
+  emulator::machine().sync_block(line);
+}
+inline void sync_warp(int line = __builtin_LINE()) {
+  emulator::machine().sync_warp(line);
+}
 
 template <class T>
 T shuffle_xor(T value, int mask, int line = __builtin_LINE()) {
@@ -75,7 +83,9 @@ inline float half_bits_to_float(uint16_t bits) {
 inline void copy_async_16(void* to_shared, const void* from_global, int bytes) {
   emulator::machine().copy_async(to_shared, from_global, bytes);
 }
-inline void copy_async_commit() { emulator::machine().copy_async_commit(); }
+inline void copy_async_commit() {
+  emulator::machine().copy_async_commit();
+}
 template <int kNewestLeft>
 void copy_async_wait() {
   emulator::machine().copy_async_wait(kNewestLeft);

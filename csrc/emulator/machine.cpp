@@ -30,7 +30,9 @@ Machine& machine() {
 Machine::Machine() = default;
 Machine::~Machine() = default;
 
-void Machine::set_seed(uint64_t seed) { seed_ = seed; }
+void Machine::set_seed(uint64_t seed) {
+  seed_ = seed;
+}
 
 void Machine::forget_buffers() {
   regions_.clear();
@@ -141,9 +143,15 @@ void Machine::fault(const std::string& what, const void* address) {
   throw Fault();
 }
 
-Index3 Machine::thread_index() const { return Index3(current_, 0, 0); }
-Index3 Machine::block_size() const { return Index3(count_); }
-int Machine::lane() const { return current_ % kWarp; }
+Index3 Machine::thread_index() const {
+  return Index3(current_, 0, 0);
+}
+Index3 Machine::block_size() const {
+  return Index3(count_);
+}
+int Machine::lane() const {
+  return current_ % kWarp;
+}
 
 char* Machine::shared() {
   const auto start = reinterpret_cast<uintptr_t>(arena_.data());
@@ -186,7 +194,9 @@ void Machine::arrive(int kind, int line) {
   for (int t = first; t < first + warp.size; ++t) threads_[t]->waits_for = kNothing;
 }
 
-void Machine::sync_warp(int line) { arrive(kWarpBarrier, line); }
+void Machine::sync_warp(int line) {
+  arrive(kWarpBarrier, line);
+}
 
 const Deposit* Machine::exchange(int line, const void* mine, size_t bytes) {
   // Two sets of slots: a lane can be one exchange ahead of another that still reads, never two.

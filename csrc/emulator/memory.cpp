@@ -156,7 +156,9 @@ void Machine::copy_async(void* to_shared, const void* from_global, int bytes) {
   me.copies.push_back({to_shared, from_global, bytes, me.groups});
 }
 
-void Machine::copy_async_commit() { ++threads_[current_]->groups; }
+void Machine::copy_async_commit() {
+  ++threads_[current_]->groups;
+}
 
 void Machine::copy_async_wait(int newest_left) {
   Thread& me = *threads_[current_];

@@ -19,8 +19,12 @@ struct Buffers {
 
 constexpr int kStride = 48;
 
-int thread() { return static_cast<int>(threadIdx.x); }
-float* shared() { return reinterpret_cast<float*>(dynamic_shared()); }
+int thread() {
+  return static_cast<int>(threadIdx.x);
+}
+float* shared() {
+  return reinterpret_cast<float*>(dynamic_shared());
+}
 
 void neighbour_with_barrier(Buffers b) {
   store_shared(shared() + thread(), load_global(b.in + thread() % 32));
@@ -106,15 +110,27 @@ void copy_from_an_odd_address(Buffers b) {
   copy_async_wait<0>();
 }
 
-void reads_past_the_buffer(Buffers b) { store_global(b.out + thread(), load_global(b.in + kStride + thread())); }
-void reads_between_rows(Buffers b) { store_global(b.out + thread(), load_global(b.in + thread() % 33)); }
-void writes_past_the_buffer(Buffers b) { store_global(b.out + thread() + 1, 0.0f); }
-void writes_an_input(Buffers b) { store_global(const_cast<float*>(b.in), 0.0f); }
-void reads_an_unwritten_output(Buffers b) { store_global(b.out + thread(), load_global(b.out + (thread() ^ 1))); }
+void reads_past_the_buffer(Buffers b) {
+  store_global(b.out + thread(), load_global(b.in + kStride + thread()));
+}
+void reads_between_rows(Buffers b) {
+  store_global(b.out + thread(), load_global(b.in + thread() % 33));
+}
+void writes_past_the_buffer(Buffers b) {
+  store_global(b.out + thread() + 1, 0.0f);
+}
+void writes_an_input(Buffers b) {
+  store_global(const_cast<float*>(b.in), 0.0f);
+}
+void reads_an_unwritten_output(Buffers b) {
+  store_global(b.out + thread(), load_global(b.out + (thread() ^ 1)));
+}
 void leaves_an_output(Buffers b) {
   if (thread()) store_global(b.out + thread(), 0.0f);
 }
-void two_threads_write_one_place(Buffers b) { store_global(b.out + thread() / 2, 0.0f); }
+void two_threads_write_one_place(Buffers b) {
+  store_global(b.out + thread() / 2, 0.0f);
+}
 
 void reads_unwritten_shared(Buffers b) {
   if (thread() < 63) store_shared(shared() + thread(), 1.0f);
@@ -122,7 +138,9 @@ void reads_unwritten_shared(Buffers b) {
   store_global(b.out + thread(), load_shared(shared() + thread()));
 }
 
-void reads_past_shared(Buffers b) { store_global(b.out + thread(), load_shared(shared() + 512 + thread())); }
+void reads_past_shared(Buffers b) {
+  store_global(b.out + thread(), load_shared(shared() + 512 + thread()));
+}
 
 void some_skip_the_barrier(Buffers b) {
   if (thread() < 40) sync_block();
@@ -148,7 +166,9 @@ void lanes_diverge(Buffers b) {
   store_global(b.out + thread(), x);
 }
 
-void sums_a_warp(Buffers b) { store_global(b.out + thread(), warp_sum(load_global(b.in + thread() % 32))); }
+void sums_a_warp(Buffers b) {
+  store_global(b.out + thread(), warp_sum(load_global(b.in + thread() % 32)));
+}
 
 const std::map<std::string, void (*)(Buffers)> kKernels = {
 #define KERNEL(name) {#name, name}
