@@ -51,12 +51,12 @@ lint: $(DEV_STAMP) ## ruff, pyright and clang-format; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	git ls-files 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.cu' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	git ls-files 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.cu' 'tests/kernels/*.cpp' | xargs -r $(BIN)/clang-format --dry-run --Werror
 
 format: $(DEV_STAMP) ## rewrite the files the way lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.cu' | xargs -r $(BIN)/clang-format -i
+	git ls-files 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.cu' 'tests/kernels/*.cpp' | xargs -r $(BIN)/clang-format -i
 
 bench: $(DEV_STAMP) ## time the ops on this machine
 	$(BIN)/gradshield-fast bench $(ARGS)
