@@ -62,7 +62,7 @@ bench: $(DEV_STAMP) ## time the ops on this machine
 	$(BIN)/gradshield-fast bench $(ARGS)
 
 gpu: $(DEV_STAMP) ## run every GPU test and benchmark, where there is a GPU
-	$(BIN)/python benchmarks/gpu.py $(ARGS)
+	$(BIN)/python benchmarks/ops/run.py --device cuda $(ARGS)
 
 docs: $(DEV_STAMP) ## run every example in the docstrings
 	$(BIN)/python -m pytest --doctest-modules gradshield_fast

@@ -11,6 +11,9 @@ from gradshield_fast.ops.ghost_norm_sq import reference
 
 ROOM = __package__ or ""
 
+WIDEST_FLOAT32 = 2048
+"""Columns of a float32 factor up to which `auto` takes these kernels: faster at 1536, slower at 8192."""
+
 WIDEST = 16384
 """Columns of a float32 or float16 factor up to which packing it costs less than the pairs taken once save."""
 
@@ -45,6 +48,9 @@ def not_for_auto(*inputs: torch.Tensor) -> str | None:
     # measured: python benchmarks/ops/native_vs_reference.py --ops ghost_norm_sq --threads 1 --isa {avx2,avx512,amx}
     if not native.at_least("avx512"):
         return "not faster than torch's products with this instruction set"
+    # and, at two threads: python benchmarks/ops/run.py --device cpu
+    if any(x.dtype == torch.float32 and x.ndim == 2 and x.shape[1] > WIDEST_FLOAT32 for x in inputs):
+        return "torch's float32 product is faster for rows so wide"
     wide = any(x.ndim == 2 and x.dtype != torch.bfloat16 and x.shape[1] > WIDEST for x in inputs)
     return "torch's float32 product is as fast for rows so wide" if wide else None
 

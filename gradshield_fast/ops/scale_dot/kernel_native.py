@@ -33,7 +33,12 @@ def not_for_auto(*inputs: torch.Tensor | None) -> str | None:
     Returns:
         None, or the reason.
     """
-    return native.not_for_auto(ROOM, *(x for x in inputs if x is not None))[1]
+    given = [x for x in inputs if x is not None]
+    here, reason = native.not_for_auto(ROOM, *given)
+    if not here:
+        return reason
+    # measured at two threads: python benchmarks/ops/run.py --device cpu
+    return "float32 is as fast by torch" if all(x.dtype == torch.float32 for x in given) else None
 
 
 def scale_dot(
