@@ -85,7 +85,7 @@ def roofs(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> Roo
     Returns:
         The best of the repeated calls each.
     """
-    n = 4096 if device.type == "cuda" else 1024
+    n = 4096 if device.type == "cuda" else 2048
     source = torch.ones(COLD_BYTES.get(device.type, 64 << 20) // 4, device=device)
     target = torch.empty_like(source)
     copied = 2 * source.numel() * 4 / min(_times([lambda: target.copy_(source)], seconds, device)[0])
