@@ -268,15 +268,25 @@ def run_demo(
 
 @app.command("doctor")
 @guarded()
-def examine_machine() -> int:
+def examine_machine(
+    prefer: Annotated[
+        list[str] | None, typer.Option("--prefer", help="OP=BACKEND: what auto takes on any device where it can run.")
+    ] = None,
+    clear: Annotated[
+        bool, typer.Option("--clear-measurements", help="Forget which backends were fastest or preferred.")
+    ] = False,
+) -> int:
     """Say what this machine can run, and why not the rest."""
-    from gradshield_fast.doctor import machine, op_backends, software
+    from gradshield_fast.doctor import machine, measured_backends, op_backends, prefer_backends, software
     from gradshield_fast.tables import facts
 
+    prefer_backends(prefer or (), clear=clear)
     console = Console()
     console.print(facts(machine(), title="machine"))
     console.print(facts(software(), title="software"))
     console.print(facts(op_backends(), title="ops"))
+    if kept := measured_backends():
+        console.print(facts(kept, title="what auto takes by measurement or preference"))
     return DONE
 
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from gradshield_fast.errors import BackendUnavailable, GradShieldError, InputError
@@ -94,6 +95,46 @@ def op_backends() -> Facts:
             else:
                 reasons.append(f"{name}: {why[-1]}")
         out.append((op, "; ".join([", ".join(able), *reasons])))
+    return out
+
+
+def prefer_backends(choices: Sequence[str], *, clear: bool = False) -> None:
+    """Keep what `auto` should take for an op, and forget what was kept before.
+
+    Args:
+        choices: "op=backend" each.
+        clear: forget every measurement and preference first.
+
+    Raises:
+        InputError: a choice is not of that form, or the cache folder cannot be written.
+        BackendUnavailable: the op has no such backend.
+    """
+    from gradshield_fast import ops  # noqa: F401 - fills the table of ops
+    from gradshield_fast.ops import dispatch, measured
+
+    pairs = [choice.partition("=")[::2] for choice in choices]
+    for op, backend in pairs:
+        if op not in dispatch.available():
+            raise InputError(f"--prefer takes OP=BACKEND, OP one of {', '.join(dispatch.available())}: got {op!r}")
+        dispatch.resolve(op, backend)
+    if clear:
+        measured.clear()
+    for op, backend in pairs:
+        measured.prefer(op, backend)
+
+
+def measured_backends() -> Facts:
+    """Say what `auto` takes by measurement or by preference.
+
+    Returns:
+        Op, device and shapes -> the backend and the milliseconds of each; empty where nothing is kept.
+    """
+    from gradshield_fast.ops import measured
+
+    out: Facts = []
+    for key, entry in sorted(measured.measurements().items()):
+        times = ", ".join(f"{name} {ms:.3f} ms" for name, ms in entry.get("milliseconds", {}).items())
+        out.append((key, f"{entry['backend']} ({times or 'preferred'})"))
     return out
 
 

@@ -151,6 +151,19 @@ def test_doctor_says_what_runs_and_what_does_not(cli: Cli) -> None:
         assert name in result.out
 
 
+def test_doctor_keeps_and_forgets_preferences(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    result = cli("doctor", "--prefer", "ghost_dot=reference")
+    assert result.code == 0
+    assert "reference (preferred)" in result.out
+    assert "reference (preferred)" in cli("doctor").out
+    assert "preferred" not in cli("doctor", "--clear-measurements").out
+    for choice, said in (("ghost_dot", "backend must be one of"), ("ghost=triton", "OP one of embedding_dot")):
+        result = cli("doctor", "--prefer", choice)
+        assert result.code == 2
+        assert said in result.err
+
+
 def test_bench_times_the_ops(cli: Cli) -> None:
     small = ("--tokens", 32, "--rank", 2, "--seconds", 0.01, "--device", "cpu")
     result = cli("bench", "--op", "ghost_dot_lowrank", "--op", "scale_dot", *small)
