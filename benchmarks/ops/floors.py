@@ -35,9 +35,9 @@ REACHED = {
 
 HEAD = f"""# Floors on paper, H100 SXM
 
-`python benchmarks/ops/floors.py`; {TOKENS} tokens in bfloat16, directions in float32, one direction, rank 16; 3.35 TB/s,
-989 TFLOP/s bfloat16 (dense). **Nothing here was measured.** *Units* counts what the matrix units multiply where a float32
-factor is split into bfloat16 terms, which is what exactness costs.
+`python benchmarks/ops/floors.py`; {TOKENS} tokens in bfloat16, directions in float32, one direction, rank 16;
+3.35 TB/s, 989 TFLOP/s bfloat16 (dense). **Nothing here was measured.** *Units* counts what the matrix units multiply
+where a float32 factor is split into bfloat16 terms, which is what exactness costs.
 
 | op | layer of | tokens x in x out, rows | MB | GFLOP | GFLOP on units | memory, us | units, us | bound by |
 |---|---|---|---|---|---|---|---|---|"""
