@@ -63,19 +63,24 @@ def run(op: str, backend: str, function: str, inputs: Sequence[Any], *args: Any)
 
 
 def _auto(op: str, room: Mapping[str, ModuleType], function: str, inputs: Sequence[Any], args: tuple[Any, ...]) -> str:
-    able = [name for name, module in room.items() if module.why_not(*inputs) is None]
+    choice = measured.preferred(op)
+    if choice is not None and choice in room and room[choice].why_not(*inputs) is None:
+        return choice
+    device = next((x.device for x in inputs if x is not None), None)
+    races = device is not None and device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    worth, able = [], []
+    for name, module in room.items():
+        if module.why_not(*inputs) is None:
+            able.append(name)
+            if _not_for_auto(module, *inputs) is None:
+                if not races:
+                    return name
+                worth.append(name)
     if not able:
         reasons = "; ".join(f"{name}: {module.why_not(*inputs)}" for name, module in room.items())
         raise BackendUnavailable(f"{op}: no backend can run these inputs ({reasons})")
-    if len(able) == 1:
-        return able[0]
-    choice = measured.preferred(op, able)
-    if choice is not None:
-        return choice
-    worth = [name for name in able if _not_for_auto(room[name], *inputs) is None] or able
-    device = next((x.device for x in inputs if x is not None), None)
-    if len(worth) == 1 or device is None or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return worth[0]
+    if len(worth) < 2 or device is None:
+        return (worth or able)[0]
     calls = {name: partial(getattr(room[name], function), *args) for name in worth}
     with torch.cuda.device(device):
         about = torch.cuda.get_device_name(device)

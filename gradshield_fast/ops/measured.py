@@ -11,6 +11,7 @@ import statistics
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,13 @@ def cache_file() -> Path:
     Returns:
         `backends.json` in the user's cache folder.
     """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "gradshield_fast" / "backends.json"
+    return _below(os.environ.get("XDG_CACHE_HOME"))
+
+
+@cache
+def _below(base: str | None) -> Path:
+    """The file below a cache folder; asked at every call of an op, and paths are slow to put together."""
+    return Path(base or Path.home() / ".cache") / "gradshield_fast" / "backends.json"
 
 
 def measurements() -> Table:
@@ -92,19 +98,17 @@ def shape_class(inputs: Sequence[Any]) -> str:
     return " ".join(parts)
 
 
-def preferred(op: str, able: Sequence[str]) -> str | None:
+def preferred(op: str) -> str | None:
     """Look up a person's choice.
 
     Args:
         op: the op's name.
-        able: backends that can run.
 
     Returns:
-        The preferred backend, if it can run.
+        The preferred backend's name, or None.
     """
     with _LOCK:
-        name = _table().get(op, {}).get("backend")
-    return name if name in able else None
+        return _table().get(op, {}).get("backend")
 
 
 def fastest(

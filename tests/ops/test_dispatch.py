@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from gradshield_fast.errors import BackendUnavailable, InputError
-from gradshield_fast.ops import dispatch, ghost_dot
+from gradshield_fast.ops import dispatch, ghost_dot, measured
 from tests.ops.cases import packed
 
 
@@ -47,6 +48,17 @@ def test_auto_passes_by_what_is_not_worth_it(room: dict[str, Any]) -> None:
 
 def test_auto_takes_what_is_not_worth_it_before_giving_up(room: dict[str, Any]) -> None:
     room |= {"native": module(passed_by="slow"), "reference": module("not today")}
+    assert pick("auto") is room["native"]
+
+
+def test_auto_takes_what_a_person_prefers_where_it_can_run(
+    room: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    room |= {"native": module(), "triton": module(passed_by="slow"), "reference": module()}
+    measured.prefer("an_op", "triton")
+    assert pick("auto") is room["triton"]
+    room["triton"] = module("no GPU")
     assert pick("auto") is room["native"]
 
 

@@ -76,13 +76,12 @@ def test_a_backend_that_is_gone_is_measured_anew() -> None:
 def test_a_preference_holds_until_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
     measured.prefer("an_op", "triton")
     forget(monkeypatch)
-    assert measured.preferred("an_op", ["native", "triton"]) == "triton"
-    assert measured.preferred("an_op", ["native"]) is None
-    assert measured.preferred("another", ["native", "triton"]) is None
+    assert measured.preferred("an_op") == "triton"
+    assert measured.preferred("another") is None
     assert measured.measurements() == {"an_op": {"backend": "triton"}}
     measured.clear()
     forget(monkeypatch)
-    assert measured.preferred("an_op", ["native", "triton"]) is None
+    assert measured.preferred("an_op") is None
 
 
 def test_other_versions_measure_anew_but_keep_preferences(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
