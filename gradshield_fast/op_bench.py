@@ -117,6 +117,7 @@ def time_case(
 
     Raises:
         InputError: a backend's name is not known.
+        BackendUnavailable: a backend in `backends` cannot run here.
     """
     for name in backends:
         dispatch.check_name(name)
@@ -128,6 +129,8 @@ def time_case(
             call()
             calls[name] = call
         except BackendUnavailable as error:
+            if backends:
+                raise
             out.append(_absent(case, name, str(error).removeprefix(f"{case.op}: ")))
     ours = tuple(calls)
     calls[UNFUSED] = partial(case.unfused, **case.inputs)

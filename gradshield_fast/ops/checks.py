@@ -34,8 +34,38 @@ def need_matrix(op: str, name: str, x: torch.Tensor) -> None:
     """
     if x.ndim != 2:
         raise InputError(f"{op}: {name} must be a matrix, got shape {tuple(x.shape)}")
+    need_float(op, name, x)
+
+
+def need_float(op: str, name: str, x: torch.Tensor) -> None:
+    """Require a floating-point tensor of any shape.
+
+    Args:
+        op: the op's name, for the message.
+        name: the argument's name, for the message.
+        x: the argument.
+
+    Raises:
+        InputError: `x` is not floating point.
+    """
     if x.dtype not in FLOAT_DTYPES:
         raise InputError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
+
+
+def need_ids(op: str, name: str, ids: torch.Tensor, columns: int) -> None:
+    """Require that ids name columns that exist. On a GPU they are not looked at: it would cost a synchronisation.
+
+    Args:
+        op: the op's name, for the message.
+        name: the argument's name, for the message.
+        ids: Int[Tensor, "tokens"].
+        columns: how many there are.
+
+    Raises:
+        InputError: an id is negative or too large.
+    """
+    if ids.device.type == "cpu" and ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < columns):
+        raise InputError(f"{op}: {name} must lie in 0..{columns - 1}, got {int(ids.min())}..{int(ids.max())}")
 
 
 def need_same_tokens(op: str, **tensors: torch.Tensor) -> int:

@@ -15,7 +15,7 @@ def define(name: str, schema: str, run: Callable[..., Any], shape: Callable[...,
 
     An eager call goes straight to `run`: the dispatcher's way around costs tens of microseconds, at two calls a layer.
     While torch.compile traces, the call becomes a node of the graph. What depends on values (boundaries, ids, labels)
-    is therefore checked inside `run`.
+    is therefore checked inside `run`. No op is differentiable: results carry no gradient, whatever came in.
 
     Args:
         name: the op's name in `torch.ops.gradshield_fast`.
@@ -35,6 +35,7 @@ def define(name: str, schema: str, run: Callable[..., Any], shape: Callable[...,
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
             return packet(*inputs)
-        return run(*inputs)
+        with torch.no_grad():  # else a result would be differentiable or not depending on the backend
+            return run(*inputs)
 
     return call

@@ -93,6 +93,8 @@ def why_not(room: str, *inputs: torch.Tensor) -> str | None:
     if extension is None:
         return missing
     for x in inputs:
+        if x.is_neg():
+            return "an input is a view that torch negates when it is read; call resolve_neg() on it"
         if x.dtype == torch.float64:
             return "float64 runs on the reference"
         if x.dtype not in _CODES and x.dtype not in _IDS:

@@ -62,6 +62,7 @@ def embedding_dot(
     if ids.ndim != 1 or ids.dtype not in (torch.int32, torch.int64):
         raise InputError(f"{OP}: ids must be a vector of int32 or int64, got {ids.dtype} of shape {tuple(ids.shape)}")
     checks.need_same_tokens(OP, ids=ids, g=g)
+    checks.need_float(OP, "r", r)
     single = r.ndim == 2
     if r.ndim not in (2, 3) or r.shape[-1] != g.shape[1]:
         raise InputError(

@@ -59,6 +59,7 @@ def ghost_dot(
     checks.need_matrix(OP, "a", a)
     checks.need_matrix(OP, "g", g)
     checks.need_same_tokens(OP, a=a, g=g)
+    checks.need_float(OP, "r", r)
     single = r.ndim == 2
     if r.ndim not in (2, 3) or r.shape[-2:] != (g.shape[1], a.shape[1]):
         raise InputError(

@@ -153,11 +153,13 @@ def ghost_dot_lowrank(
     Source: arXiv:2406.11011 (ghost dot product); the low-rank form is the same sum taken in factors.
     """
     checks.need_matrix(OP, "a", a)
+    checks.need_matrix(OP, "g", g)
+    checks.need_matrix(OP, "p", p)
     checks.need_matrix(OP, "q", q)
     checks.need_same_tokens(OP, a=a, g=g)
     if p.shape[-1] != q.shape[-1]:
         raise InputError(f"{OP}: p and q must have the same columns, got {tuple(p.shape)} and {tuple(q.shape)}")
-    if ranks is not None and sum(ranks) != p.shape[1]:
+    if ranks is not None and (sum(ranks) != p.shape[1] or min(ranks, default=0) < 0):
         raise InputError(f"{OP}: ranks must sum to the {p.shape[1]} columns of p, got {list(ranks)}")
     if cu_seqlens is not None:
         checks.need_cu_seqlens(OP, cu_seqlens)

@@ -21,6 +21,10 @@ def _run(
     backend: str,
 ) -> torch.Tensor:
     checks.need_boundaries(OP, cu_seqlens, left1.shape[0])
+    for side, x, y in (("left", left1, left2), ("right", right1, right2)):
+        for number, ids, matrix in ((1, x, y), (2, y, x)):
+            if ids.ndim == 1 and matrix.ndim == 2:
+                checks.need_ids(OP, f"ids in {side}{number}", ids, matrix.shape[1])
     factors = (left1, right1, left2, right2)
     return dispatch.run(OP, backend, "ghost_inner", factors, *factors, cu_seqlens)
 

@@ -16,6 +16,7 @@ OP = "linear_cross_entropy"
 BACKENDS = dispatch.register(OP, {"native": kernel_native, "triton": kernel_triton, "reference": reference})
 
 IGNORE = -100
+LARGEST = torch.finfo(torch.float32).max
 
 
 def _run(
@@ -36,8 +37,10 @@ def _run(
         if high >= weight.shape[0] or bool(((labels < 0) & (labels != IGNORE)).any()):
             raise InputError(f"{OP}: labels must be -100 or lie in 0..{weight.shape[0] - 1}, got {low}..{high}")
     args = (h, weight, labels.long(), token_weight, scale, softcap, r, p, q, member)
-    loss, dh, dot = dispatch.run(OP, backend, OP, (h, weight, r, p, q), *args)
-    return loss, dh, loss.new_empty((loss.shape[0], 0)) if dot is None else dot
+    loss, dh, dot = dispatch.run(OP, backend, OP, (h, weight, r, p, q, token_weight), *args)
+    dot = loss.new_empty((loss.shape[0], 0)) if dot is None else dot
+    masked = (labels < 0)[:, None]  # they give nothing, whatever stands there: 0 * NaN would
+    return loss, dh.masked_fill_(masked, 0), dot.masked_fill_(masked, 0)
 
 
 def _shape(
@@ -148,10 +151,10 @@ def linear_cross_entropy(
                 f"got {token_weight.dtype} {tuple(token_weight.shape)}"
             )
         checks.need_one_device(OP, h=h, token_weight=token_weight)
-    if scale != scale or scale in (float("inf"), -float("inf")):
-        raise InputError(f"{OP}: scale must be finite, got {scale}")
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise InputError(f"{OP}: softcap must be positive and finite, or None, got {softcap}")
+    if not abs(scale) <= LARGEST:
+        raise InputError(f"{OP}: scale must be finite in float32, got {scale}")
+    if softcap is not None and not 0 < softcap <= LARGEST:
+        raise InputError(f"{OP}: softcap must be positive and finite in float32, or None, got {softcap}")
     member = _check_directions(h, weight, r, p, q, ranks)
     loss, dh, dot = _head(h, weight, labels, token_weight, scale, softcap, r, p, q, member, backend)
     return HeadLoss(loss, dh, None if r is None and p is None else dot)
@@ -173,6 +176,7 @@ def _check_directions(
     if (p is None) != (q is None) or (r is not None and p is not None) or (ranks is not None and p is None):
         raise InputError(f"{OP}: give directions as r, or as p with q (and ranks), or none; got a mixture")
     if r is not None:
+        checks.need_float(OP, "r", r)
         if r.ndim != 3 or r.shape[1:] != weight.shape:
             raise InputError(
                 f"{OP}: r must be [directions, vocabulary, d] with {tuple(weight.shape)} (from weight), "
@@ -190,6 +194,6 @@ def _check_directions(
             f"d={h.shape[1]}, got {tuple(p.shape)} and {tuple(q.shape)}"
         )
     ranks = [p.shape[1]] if ranks is None else ranks
-    if sum(ranks) != p.shape[1]:
+    if sum(ranks) != p.shape[1] or min(ranks, default=0) < 0:
         raise InputError(f"{OP}: ranks must sum to the {p.shape[1]} columns of p, got {list(ranks)}")
     return membership(ranks, q)

@@ -39,6 +39,8 @@ def why_not(*inputs: torch.Tensor | None) -> str | None:
     device = next((x.device.type for x in given if x.device.type != "cpu"), None)
     if device is not None:
         return f"needs a CPU, the inputs are on {device}"
+    if any(x.is_neg() for x in given):
+        return "an input is a view that torch negates when it is read; call resolve_neg() on it"
     if any(x.dtype == torch.float64 for x in given):
         return "float64 runs on the reference"
     other = next((x.dtype for x in given if x.dtype not in DTYPES), None)

@@ -62,6 +62,7 @@ def scale_dot(
         checks.need_same_tokens(OP, x_hat=x_hat, g=g)
         if x_hat.shape != g.shape:
             raise InputError(f"{OP}: x_hat and g must have one shape, got {tuple(x_hat.shape)} and {tuple(g.shape)}")
+    checks.need_float(OP, "r", r)
     single = r.ndim == 1
     if r.ndim not in (1, 2) or r.shape[-1] != g.shape[1]:
         raise InputError(f"{OP}: r must be [d] or [directions, d] with d={g.shape[1]} (from g), got {tuple(r.shape)}")
