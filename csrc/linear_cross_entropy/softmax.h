@@ -153,13 +153,15 @@ void first_top(const Softmax& c, const float* z, Token& token) {
 }
 
 // How many terms of a step's P the second product takes, the same for all of the 32 tokens. Left out is
-//   the third term  while the words without it, if they were random, were off together by a standard deviation below
-//                   2^-22 (1 + |mean z'|) of the sum: cut at bf16's second term, a share P is off by a dithered error
-//                   of deviation below 2^-17 P, so the squares 2^-34 P^2 of all of them are held below 2^-44 (1 +
-//                   ...)^2. |z'| enters since rounding z' alone, in any float32 sum, is worth as much
-//   the second      while all words without it hold less than 2^-14 of the sum: one term is off by 2^-9 at most
-//   the first       while all words without any hold less than 2^-25 of it
-// Returns the number of terms and enters the step's sums.
+//
+//   - the third term, while the words without it, if they were random, were off together by a standard deviation below
+//     2^-22 (1 + |mean z'|) of the sum. Cut at its second term, a share P is off by a dithered error of deviation below
+//     2^-17 P, so the sum of P^2 is held below 2^-10 (1 + |mean z'|)^2 of the squared sum. |z'| enters since rounding
+//     z' alone, in any float32 sum, costs as much;
+//   - the second, while all words without it hold less than 2^-14 of the sum: one term is off by 2^-8 at most;
+//   - the first, while all words without any hold less than 2^-25 of it.
+//
+// Returns the number of terms, and enters the step's sums.
 GRADSHIELD_INLINE int decide(Token& token, int64_t half, const Lanes& lanes, __mmask16 valid) {
   const int64_t at = half * 16;
   const __m512 sum = _mm512_add_ps(lanes.sum_even, lanes.sum_odd);

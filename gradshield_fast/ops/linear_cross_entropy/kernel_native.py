@@ -52,6 +52,21 @@ def why_not(*inputs: torch.Tensor | None) -> str | None:
     return None if level() > 0 else "needs a CPU with AVX-512 (F, BW, DQ, VL) and FMA"
 
 
+def not_for_auto(*inputs: torch.Tensor | None) -> str | None:
+    """Say why `auto` should pass this backend by although it can run.
+
+    Args:
+        inputs: as of `why_not`.
+
+    Returns:
+        None, or a reason.
+    """
+    # six bf16 products instead of one are worth it only where bf16 is faster than float32
+    if level() < 2 and any(x is not None and x.dtype == torch.float32 for x in inputs[:2]):
+        return "float32 without BF16 instructions was measured slower than the reference"
+    return None
+
+
 def level() -> int:
     """Tell which instruction sets this CPU offers.
 

@@ -181,3 +181,11 @@ def test_why_not_says_what_it_cannot_do() -> None:
     assert kernel_native.why_not(x, x, None, None, None) is None
     assert kernel_native.why_not(x.double(), x, None, None, None) == "float64 runs on the reference"
     assert kernel_native.why_not(x.to("meta"), x) == "needs a CPU, the inputs are on meta"
+
+
+def test_auto_leaves_float32_to_the_reference_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(2, 3)
+    assert kernel_native.not_for_auto(x.bfloat16(), x.bfloat16()) is None
+    monkeypatch.setattr(kernel_native, "level", lambda: 1)
+    assert "slower than the reference" in str(kernel_native.not_for_auto(x, x))
+    assert kernel_native.not_for_auto(x.bfloat16(), x.bfloat16(), None, x, x) is None
