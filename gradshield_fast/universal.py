@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map
 
 from gradshield_fast.direction import Entry
-from gradshield_fast.errors import is_out_of_memory
+from gradshield_fast.errors import BackendUnavailable, is_out_of_memory
 from gradshield_fast.layers import Context
 from gradshield_fast.layout import Layout, RowAxisLost
 from gradshield_fast.lowrank import LowRank
@@ -132,8 +132,9 @@ class UniversalRule:
                     u[..., k] = (g.to(u.dtype) * tangent.to(u.dtype)).sum(-1)
             if call.outputs == 1:
                 call.y_dot = None
-        except (RuntimeError, NotImplementedError) as error:
-            if is_out_of_memory(error):
+        except RuntimeError as error:
+            # a named backend that cannot run is the user's to hear, not a reason to score by another method
+            if isinstance(error, BackendUnavailable) or is_out_of_memory(error):
                 raise
             raise MethodFailed(self.key, error) from error
         tally.add(name, u, layout)

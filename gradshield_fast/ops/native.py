@@ -92,6 +92,18 @@ def why_not(room: str, *inputs: torch.Tensor) -> str | None:
         return cuda.why_not(*inputs)
     if extension is None:
         return missing
+    return unsuited(*inputs)
+
+
+def unsuited(*inputs: torch.Tensor) -> str | None:
+    """Say what about CPU tensors keeps compiled code from reading them.
+
+    Args:
+        inputs: the op's tensors.
+
+    Returns:
+        None, or the reason.
+    """
     for x in inputs:
         if x.is_neg():
             return "an input is a view that torch negates when it is read; call resolve_neg() on it"

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from gradshield_fast.ops import native
+
 try:
     from gradshield_fast import _native_head
 except ImportError:  # not built here: `why_not` says so
@@ -39,13 +41,9 @@ def why_not(*inputs: torch.Tensor | None) -> str | None:
     device = next((x.device.type for x in given if x.device.type != "cpu"), None)
     if device is not None:
         return f"needs a CPU, the inputs are on {device}"
-    if any(x.is_neg() for x in given):
-        return "an input is a view that torch negates when it is read; call resolve_neg() on it"
-    if any(x.dtype == torch.float64 for x in given):
-        return "float64 runs on the reference"
-    other = next((x.dtype for x in given if x.dtype not in DTYPES), None)
-    if other is not None:
-        return f"needs float32, float16 or bfloat16, got {other}"
+    reason = native.unsuited(*given)
+    if reason is not None:
+        return reason
     weight = inputs[1] if len(inputs) > 1 else None
     if weight is not None and weight.shape[0] >= 2**31:
         return f"needs a vocabulary below 2^31, got {weight.shape[0]}"
