@@ -23,7 +23,7 @@ WIDE = Tiling(
     {"BLOCK_T": 64, "BLOCK_O": 64, "BLOCK_I": 32, "GROUP": 8}, warps=8, stages=3, shared=33 * 1024, registers=136
 )
 # GROUP blocks of tokens walk over the rows of r together, so that what they read of it stays in the L2. BLOCK_O and
-# BLOCK_I cut sums, and warps share the one over o: only what is beside them, or the way of copying, leaves the bits
+# BLOCK_I cut sums, and warps may share the one over o: only what is beside them, or the way of copying, leaves the bits
 OF_SAME = tilings(
     (
         SAME,

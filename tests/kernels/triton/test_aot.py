@@ -56,7 +56,6 @@ def test_another_order_of_sums_is_seen() -> None:
         "way of copying": (first.but(descriptors=True), True),
         "steps along the depth": (first.but({"BLOCK_I": 16}), False),
         "rows of the sum": (first.but({"BLOCK_O": 64}), False),
-        "warps": (first.but(warps=4, registers=255), False),
     }
     order = aot.check("sm_90", variant, first).order
     assert any("sum of 128" in line for line in order)
