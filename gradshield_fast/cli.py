@@ -311,6 +311,9 @@ def time_ops(
     device: o.Device = "auto",
     backend: Annotated[list[str] | None, typer.Option("--backend", help="Default: all that the op has.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Also torch.compile of the reference.")] = False,
+    isa: Annotated[
+        str | None, typer.Option("--isa", help="Native CPU kernels go no higher: portable, avx2, avx512 or amx.")
+    ] = None,
     seconds: Annotated[float, typer.Option("--seconds", min=0.01, help="How long to repeat each.")] = 0.5,
     json: Annotated[bool, typer.Option("--json", help="One JSON line a timing, nothing else.")] = False,
 ) -> int:
@@ -319,7 +322,19 @@ def time_ops(
 
     with watching() as reporter:
         print_timings(
-            op or (), model, tokens, rank, dtype, device, backend or (), compiled, seconds, json, Console(), reporter
+            op or (),
+            model,
+            tokens,
+            rank,
+            dtype,
+            device,
+            backend or (),
+            compiled,
+            isa,
+            seconds,
+            json,
+            Console(),
+            reporter,
         )
     return DONE
 

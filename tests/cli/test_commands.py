@@ -179,7 +179,7 @@ def test_bench_times_the_ops(cli: Cli) -> None:
 
 
 def test_bench_refuses_what_it_does_not_know(cli: Cli) -> None:
-    for option in ("--dtype", "--op", "--model", "--backend", "--device"):
+    for option in ("--dtype", "--op", "--model", "--backend", "--device", "--isa"):
         result = cli("bench", "--tokens", 8, "--seconds", 0.01, option, "int8")
         assert result.code == 2, option
         assert "int8" in result.err
