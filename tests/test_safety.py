@@ -14,8 +14,8 @@ import torch
 from toy_tokenizers import STYLES, toy_tokenizer
 
 from gradshield_fast.answers import AnswerEncoder
-from gradshield_fast.errors import InputError, ScoringError
 from gradshield_fast.batches import padded_batch
+from gradshield_fast.errors import InputError, ScoringError
 from gradshield_fast.response_logprob import token_logprobs
 from gradshield_fast.safety import safety_gradient, safety_score
 from tests.toy_safety import PROBES, close, plain_score, state, toy_model

@@ -92,7 +92,10 @@ def test_compiled_layers_score_right(name: str, norms: bool) -> None:
 
 def test_compile_says_which_weight_it_cannot_see_through() -> None:
     model = make("mixtral", torch.float32)
-    with Scorer(model, direction_over(model), compile=True) as it, pytest.raises(InputError, match=r"mlp.*need the universal"):
+    with (
+        Scorer(model, direction_over(model), compile=True) as it,
+        pytest.raises(InputError, match=r"mlp.*need the universal"),
+    ):
         it.score(rows_of(LENGTHS))
 
 

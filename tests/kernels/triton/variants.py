@@ -152,27 +152,16 @@ def _head() -> list[Variant]:
                 "softcap": "fp32",
             }
             out.append(Variant(head.others_kernel, case, logits, types, ones, constants, matrix))
-<<<<<<< HEAD
             vectors = {"total": F32, "rest": F32, "share": F32}
             for g in _workspaces(h, weight):
                 gradient = {**types, **vectors, "g": g}
                 rounded = f"{case}, rounded" if g is BF16 else case
                 out.append(Variant(head.gradient_kernel, rounded, logits, gradient, ones, constants, matrix))
-        matrix = "" if pull is head.PULL_WIDE else "best"
+        matrix = "" if pull is head.OF_PULL_WIDE else "best"
         for add, g in product((False, True), _workspaces(h, weight)):
             case = f"{name}{', rounded' * (g is BF16)}{', add' * add}"
             types = {"g": g, "weight": weight, "dh": F32}
             out.append(Variant(head.pull_kernel, case, pull, types, ("stride_w_i",), {"ADD": add}, matrix))
-=======
-            vectors = {"total": F32, "rest": F32, "share": F32, "g": F32}
-            out.append(Variant(head.gradient_kernel, case, logits, {**types, **vectors}, ones, constants, matrix))
-        types = {"g": F32, "weight": weight, "dh": F32}
-        matrix = "" if pull is head.OF_PULL_WIDE else "best"
-        for add in (False, True):
-            out.append(
-                Variant(head.pull_kernel, f"{name}{', add' * add}", pull, types, ("stride_w_i",), {"ADD": add}, matrix)
-            )
->>>>>>> triton
     return out
 
 
