@@ -79,6 +79,17 @@ class Sketch:
         else:
             self.total.index_put_((ids,), part, accumulate=True)  # sorted first; index_add_ would race
 
+    def add_at(self, start: int, part: torch.Tensor) -> None:
+        """Add the share of some rows on the right side.
+
+        Args:
+            start: the first of them.
+            part: Float[Tensor, "some k"].
+        """
+        if self.total is None:
+            self.total = part.new_zeros(self.shape[0], part.shape[1])
+        self.total[start : start + len(part)] += part
+
 
 class _MatrixRule:
     """A use by a linear layer, or by one whose weight is stored transposed."""

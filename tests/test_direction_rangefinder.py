@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_leaves
 from toy_tokenizers import STYLES, toy_tokenizer
 from transformers import AutoModelForCausalLM
 
-from gradshield_fast import Direction, SafetyProbes, Scorer, rangefinder
+from gradshield_fast import Direction, SafetyProbes, Scorer, head_sketch, rangefinder
 from gradshield_fast.capture import frozen
 from gradshield_fast.errors import InputError, UnalignedModelError
+from gradshield_fast.head_sketch import add_head
 from gradshield_fast.lowrank import LowRank
 from gradshield_fast.rangefinder import HELD_OUT, RangeFinder, residual_of
 from gradshield_fast.safety import safety_gradient
@@ -112,6 +113,24 @@ def test_a_sketch_is_the_gradient_times_its_columns(name: str, right: bool) -> N
         product = (want[n] if right else want[n].T) @ sketch.columns
         torch.testing.assert_close(sketch.total, 2 * product, rtol=1e-8, atol=1e-8 * float(product.abs().max()))
         assert weights[n].grad is None
+
+
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, None), (1.5, 2.0)])
+def test_the_heads_share_in_blocks_is_autograds(
+    right: bool, scale: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_sketch, "BLOCK", 64 * 5)
+    h, w = torch.randn(5, 7, dtype=torch.float64), torch.randn(150, 7, dtype=torch.float64, requires_grad=True)
+    labels, share = torch.tensor([0, 63, 64, 149, 20]), torch.rand(5, dtype=torch.float64)
+    z = scale * (h @ w.T)
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    (share * torch.nn.functional.cross_entropy(z, labels, reduction="none")).sum().backward()
+    assert w.grad is not None
+    sketch = Sketch((150, 7), torch.randn(7 if right else 150, 3, dtype=torch.float64), right=right)
+    for _ in range(2):
+        add_head(sketch, h, w, labels, share, scale=scale, softcap=softcap)
+    torch.testing.assert_close(sketch.total, 2 * (w.grad if right else w.grad.T) @ sketch.columns)
 
 
 class _Sizes(TorchDispatchMode):
