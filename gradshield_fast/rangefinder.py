@@ -89,15 +89,15 @@ class RangeFinder:
         self._finders = {name: _Finder(name, weight, rank) for name, weight in weights.items()}
 
     @contextmanager
-    def next_pass(self) -> Iterator[None]:
+    def next_pass(self) -> Iterator[dict[str, Sketch]]:
         """Take every backward pass inside as one pass over the data; every pass must be over the same data.
 
         Yields:
-            Nothing.
+            Name -> the sketch that is being added to.
         """
         sketches = {name: finder.begin() for name, finder in self._finders.items()}
         with sketching(self._model, self._uses, sketches):
-            yield
+            yield sketches
         for name, sketch in sketches.items():
             if sketch.total is None:
                 del self._finders[name]  # nothing reaches this weight
@@ -244,14 +244,14 @@ class SketchedCosine(GradientCosine):
             self._sketches[name] = Sketch(f.shape, columns, right=True)
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> Iterator[dict[str, Sketch]]:
         """Put the hooks on.
 
         Yields:
-            Nothing.
+            Name -> the sketch that is being added to.
         """
         with sketching(self._model, self._uses, self._sketches):
-            yield
+            yield self._sketches
 
     def finish(self) -> float:
         """End a pass.

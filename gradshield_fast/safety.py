@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,12 @@ from gradshield_fast.answers import AnswerEncoder
 from gradshield_fast.capture import frozen
 from gradshield_fast.chat import Encoded
 from gradshield_fast.errors import InputError
+from gradshield_fast.fused_answers import FusedAnswers, fused_answers
 from gradshield_fast.losses import eager_experts, padded_batch
 from gradshield_fast.packing import pack
 from gradshield_fast.probes import SafetyProbes
 from gradshield_fast.refusal import refuses
-from gradshield_fast.response_logprob import place_of, token_logprobs
+from gradshield_fast.response_logprob import answer_means, place_of
 from gradshield_fast.safety_report import SafetyReport, check_aligned, check_rate
 from gradshield_fast.weight_gradients import GradientCosine, GradientSum, chosen_weights, each_gradient
 
@@ -136,6 +137,7 @@ def safety_gradient(
             rate = meter.judge()
             check_rate(*rate, score, allow_unaligned)
             refusals, compliances = meter.refusals(), meter.compliances()
+            meter.fuse(refusals[:COMPARED], chosen.values())
         with torch.enable_grad(), each_gradient(chosen, total):
             values = meter.measure(refusals, sign=1)
             if score == "refusal_margin":
@@ -166,7 +168,11 @@ class Answer:
 
 
 class Meter:
-    """Measures answers to one model's probes; the model is frozen and in evaluation mode."""
+    """Measures answers to one model's probes; the model is frozen and in evaluation mode.
+
+    Attributes:
+        fused: what runs head and loss in one where gradients are taken; None: the model's own head.
+    """
 
     def __init__(
         self,
@@ -202,6 +208,7 @@ class Meter:
         self._batch_tokens, self._progress = batch_tokens, progress
         self._device, self._vocabulary = place_of(model)
         self._encoder = AnswerEncoder(tokenizer)
+        self.fused: FusedAnswers | None = None
         self._used: tuple[str, ...] = ()
         self._per_probe = min(per_probe, len(probes.refusals))
         self._own = [probes.own_refusals[i] if probes.own_refusals else "" for i in range(len(probes))]
@@ -269,6 +276,18 @@ class Meter:
         (batch,) = pack([(0, answer.encoded)], batch_tokens=self._batch_tokens)
         return self._means(vars(batch))
 
+    def fuse(self, answers: Sequence[Answer], weights: Collection[torch.Tensor]) -> None:
+        """Run head and loss in one from now on, where that gives the same and the head's gradient is not asked for.
+
+        Args:
+            answers: a few answers to compare on.
+            weights: the weights whose gradient autograd is to bring.
+        """
+        (batch,) = pack(enumerate(a.encoded for a in answers), batch_tokens=1 << 62, window=len(answers))
+        found = fused_answers(self._model, padded_batch(vars(batch), self._device, self._vocabulary))
+        if found is not None and not any(found.head.module.weight is weight for weight in weights):
+            self.fused = found
+
     def measure_cosine(self, answers: Sequence[Answer], cosine: GradientCosine) -> tuple[list[float], float]:
         """As `measure`, and the mean cosine of their losses' gradients with the direction."""
         values, cosines = [math.nan] * len(answers), []
@@ -316,10 +335,9 @@ class Meter:
 
     def _means(self, batch: dict[str, Any]) -> torch.Tensor:
         padded = padded_batch(batch, self._device, self._vocabulary)
-        logprob, row = token_logprobs(self._model, padded)
-        member = torch.nn.functional.one_hot(row, padded.rows).to(logprob.dtype)
-        # not index_add, which is not deterministic on every device; not a product, in which a NaN would spread
-        return torch.where(member > 0, logprob[:, None], 0.0).sum(0) / member.sum(0)
+        if self.fused is not None and torch.is_grad_enabled():
+            return self.fused.means(padded)
+        return answer_means(self._model, padded)
 
     def step(self, count: int) -> None:
         """Count answers as done."""

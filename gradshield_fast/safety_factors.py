@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,15 @@ import torch
 from gradshield_fast.capture import frozen
 from gradshield_fast.direction import Entry
 from gradshield_fast.errors import InputError
+from gradshield_fast.fused_answers import FusedAnswers
+from gradshield_fast.head_sketch import add_head
 from gradshield_fast.losses import eager_experts
 from gradshield_fast.lowrank import factor
 from gradshield_fast.probes import SafetyProbes
 from gradshield_fast.rangefinder import Found, RangeFinder, SketchedCosine, residual_of
-from gradshield_fast.safety import Meter, Progress, check_gradient
+from gradshield_fast.safety import COMPARED, Meter, Progress, check_gradient
 from gradshield_fast.safety_report import SafetyReport, check_aligned, check_rate
-from gradshield_fast.sketches import confirmed, uses_of
+from gradshield_fast.sketches import Sketch, Use, confirmed, uses_of
 from gradshield_fast.weight_gradients import GradientSum, chosen_weights, each_gradient
 
 
@@ -104,13 +107,21 @@ def safety_factors(
             refusals, compliances = meter.refusals(), meter.compliances()
         large = {name: w for name, w in chosen.items() if w.ndim == 2 and rank * sum(w.shape) < w.numel()}
         uses = confirmed(uses_of(model, large), large, lambda: meter.trial(refusals[0]))
+        with torch.no_grad():
+            meter.fuse(refusals[:COMPARED], [w for name, w in chosen.items() if name not in uses])
+        head = _Head(meter.fused, chosen)
+        uses = head.without(uses)
         whole = {name: w for name, w in chosen.items() if name not in uses}
         finder = RangeFinder(model, {name: chosen[name] for name in uses}, uses, rank)
         rest: list[float] = []
         values: list[float] = []
         with torch.enable_grad():
             for i in range(passes if uses else 1):
-                with finder.next_pass(), each_gradient(whole if i == 0 else {}, total):
+                with (
+                    finder.next_pass() as sketches,
+                    head.listening(sketches),
+                    each_gradient(whole if i == 0 else {}, total),
+                ):
                     values = meter.measure(refusals, sign=1)
                     if margin:
                         rest = meter.measure(compliances, sign=-1)
@@ -121,7 +132,12 @@ def safety_factors(
         check_gradient({**exact, **{name: f.factors.p for name, f in found.items()}}, score)
         if not margin:
             cosine = SketchedCosine(model, uses, exact, {name: f.factors for name, f in found.items()})
-            with torch.enable_grad(), cosine.listening(), each_gradient(whole, cosine):
+            with (
+                torch.enable_grad(),
+                cosine.listening() as sketches,
+                head.listening(sketches),
+                each_gradient(whole, cosine),
+            ):
                 rest, cosine = meter.measure_cosine(compliances, cosine)
     report = dataclasses.replace(
         meter.report(rate, refusals, compliances, values, rest),
@@ -132,6 +148,36 @@ def safety_factors(
     )
     check_aligned(report, score, allow_unaligned)
     return _gather(chosen, exact, found, rank), report
+
+
+class _Head:
+    """The fused head, if there is one: its use of its weight is sketched from the hidden states, not by a hook."""
+
+    def __init__(self, fused: FusedAnswers | None, chosen: Mapping[str, torch.nn.Parameter]) -> None:
+        self._fused = fused
+        weight = None if fused is None else fused.head.module.weight
+        self._name = next((name for name, w in chosen.items() if w is weight), None)
+
+    def without(self, uses: Mapping[str, Sequence[Use]]) -> dict[str, list[Use]]:
+        """Leave the head out of the modules that are hooked."""
+        module = None if self._fused is None else self._fused.head.module
+        return {name: [use for use in owners if use.module is not module] for name, owners in uses.items()}
+
+    @contextmanager
+    def listening(self, sketches: Mapping[str, Sketch]) -> Iterator[None]:
+        """Add the head's use of its weight in every backward pass inside."""
+        sketch = None if self._name is None else sketches.get(self._name)
+        if self._fused is None or sketch is None:
+            yield
+            return
+        head = self._fused.head
+        self._fused.listen = lambda h, labels, token_weight: add_head(
+            sketch, h, head.module.weight, labels, token_weight, scale=head.scale, softcap=head.softcap
+        )
+        try:
+            yield
+        finally:
+            self._fused.listen = None
 
 
 def _gather(

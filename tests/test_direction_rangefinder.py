@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from toy_tokenizers import STYLES, toy_tokenizer
 from transformers import AutoModelForCausalLM
 
-from gradshield_fast import Direction, SafetyProbes, Scorer, head_sketch, rangefinder
+from gradshield_fast import Direction, SafetyProbes, Scorer, head_sketch, rangefinder, safety
 from gradshield_fast.capture import frozen
 from gradshield_fast.errors import InputError, UnalignedModelError
 from gradshield_fast.head_sketch import add_head
@@ -95,7 +95,7 @@ def test_factors_are_nearly_the_best(name: str, passes: int, tokenizer: Any) -> 
 def test_a_sketch_is_the_gradient_times_its_columns(name: str, right: bool) -> None:
     model = zoo_model(name)
     ids = torch.randint(0, 97, (2, 11), generator=torch.Generator().manual_seed(0))  # 0 is the padding row
-    weights = {n: w for n, w in model.named_parameters() if w.ndim == 2}
+    weights: dict[str, Any] = {n: w for n, w in model.named_parameters() if w.ndim == 2}
     uses = uses_of(model, weights)
     assert uses.keys() == weights.keys()
     model.eval()
@@ -131,6 +131,51 @@ def test_the_heads_share_in_blocks_is_autograds(
     for _ in range(2):
         add_head(sketch, h, w, labels, share, scale=scale, softcap=softcap)
     torch.testing.assert_close(sketch.total, 2 * (w.grad if right else w.grad.T) @ sketch.columns)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2", "gemma2"])
+@pytest.mark.parametrize("score", ["refusal_margin", "refusal_logprob"])
+def test_the_models_own_head_runs_in_no_pass_and_nothing_changes(
+    name: str, score: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = zoo_model(name, torch.float32)
+    sizes: list[int] = []
+    model.get_output_embeddings().register_forward_hook(
+        lambda m, a, y: sizes.append(y[..., 0].numel()) if torch.is_grad_enabled() else None
+    )
+    options: dict[str, Any] = {"score": score, "allow_unaligned": True, "rank": 2, "batch_tokens": 100}
+    found, report = safety_factors(model, tokenizer, PROBES, **options)
+    assert [n for n in sizes if n] == sizes[:1]  # the trial alone
+    monkeypatch.setattr(safety, "fused_answers", lambda *_: None)
+    plain, want = safety_factors(model, tokenizer, PROBES, **options)
+    assert report.refusal_logprob == pytest.approx(want.refusal_logprob, rel=1e-4)
+    assert report.compliance_cosine == pytest.approx(want.compliance_cosine, rel=1e-2)
+    for key, entry in found.entries.items():
+        torch.testing.assert_close(
+            dense_of(entry), dense_of(plain.entries[key]), rtol=1e-2, atol=1e-3 * float(dense_of(entry).abs().max())
+        )
+    alone, _ = safety_factors(model, tokenizer, PROBES, weights="lm_head|embed_tokens", **options)
+    for key, entry in alone.entries.items():
+        torch.testing.assert_close(
+            dense_of(entry), dense_of(plain.entries[key]), rtol=1e-2, atol=1e-3 * float(dense_of(entry).abs().max())
+        )
+
+
+@pytest.mark.parametrize("weights", [r"mlp|norm", None])
+def test_the_dense_gradient_takes_the_fused_head_where_its_weight_is_left_out(
+    weights: str | None, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = zoo_model("qwen2", torch.float32)
+    sizes: list[int] = []
+    model.lm_head.register_forward_hook(
+        lambda m, a, y: sizes.append(y[..., 0].numel()) if torch.is_grad_enabled() else None
+    )
+    gradient, _ = safety_gradient(model, tokenizer, PROBES, weights=weights, **MARGIN)
+    assert bool(any(sizes)) == (weights is None)
+    monkeypatch.setattr(safety, "fused_answers", lambda *_: None)
+    plain, _ = safety_gradient(model, tokenizer, PROBES, weights=weights, **MARGIN)
+    for key, g in gradient.items():
+        torch.testing.assert_close(g, plain[key], rtol=1e-3, atol=1e-4 * float(g.abs().max()))
 
 
 class _Sizes(TorchDispatchMode):
@@ -171,9 +216,9 @@ def test_what_is_held_between_passes_keeps_to_the_formula() -> None:
     weights = {"a": torch.empty(60, 50), "b": torch.empty(40, 90), "small": torch.empty(10, 30)}
     modules = {n: torch.nn.Linear(w.shape[1], w.shape[0], bias=False) for n, w in weights.items()}
     model = torch.nn.ModuleDict(modules)
-    uses = uses_of(model, {n: m.weight for n, m in modules.items()} | {})
-    uses = {n: uses[n] for n in weights}
-    finder = RangeFinder(model, {n: m.weight for n, m in modules.items()}, uses, rank=4)
+    owned: dict[str, Any] = {n: m.weight for n, m in modules.items()}
+    uses = uses_of(model, owned)
+    finder = RangeFinder(model, owned, uses, rank=4)
     formula = sum(4 * (min(4 + 16, *w.shape) + HELD_OUT) * sum(w.shape) for w in weights.values())
     with frozen(model), torch.enable_grad():
         for _ in range(4):
@@ -181,7 +226,9 @@ def test_what_is_held_between_passes_keeps_to_the_formula() -> None:
                 sum(m(torch.randn(7, m.in_features)).sum() for m in modules.values()).backward()  # pyright: ignore
             held = {}
             for f in finder._finders.values():
-                for x in (f.sketch.columns, f.sketch.total, *(f.held or ())):  # pyright: ignore
+                assert f.sketch is not None
+                for x in (f.sketch.columns, f.sketch.total, *(f.held or ())):
+                    assert x is not None
                     held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             assert sum(held.values()) <= formula
     assert set(finder.result(1.0)) == set(weights)
