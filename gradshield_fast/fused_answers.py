@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from gradshield_fast.batches import PaddedBatch
 from gradshield_fast.calibrate import SAME_LOSS
 from gradshield_fast.errors import ScoringError
 from gradshield_fast.head_loss import Head, find_head, head_losses, hidden_states
-from gradshield_fast.losses import IGNORE, PaddedBatch
 from gradshield_fast.response_logprob import answer_means, inputs_of
 
 Listen = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -41,8 +41,7 @@ class FusedAnswers:
         Returns:
             Float32[Tensor, "rows"], nats a token.
         """
-        predicts = torch.zeros_like(batch.labels, dtype=torch.bool)
-        predicts[:, :-1] = batch.labels[:, 1:] != IGNORE  # position t - 1 predicts token t
+        predicts = batch.predicts
         place, counts = predicts.reshape(-1).nonzero()[:, 0], predicts.sum(1)
         labels = batch.labels[:, 1:][predicts[:, :-1]]
         with hidden_states(self.head) as hidden:

@@ -169,7 +169,13 @@ class _EmbeddingRule:
 
 
 class _AnyRows:
-    """Stands in for a tally: sums over everything need to know nothing of where the rows are."""
+    """Stands in for a tally: sums over everything need to know nothing of where the rows are.
+
+    Attributes:
+        by_weight: None: no plan is being checked.
+    """
+
+    by_weight = None
 
     def layout(self, site: tuple[str, str], lead: tuple[int, ...]) -> Layout:
         """Accept every call.
