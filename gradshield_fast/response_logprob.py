@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from gradshield_fast.batches import IGNORE, PaddedBatch
 from gradshield_fast.errors import ScoringError
-from gradshield_fast.losses import IGNORE, PaddedBatch, accepts
+from gradshield_fast.losses import accepts
 
 
 def place_of(model: torch.nn.Module) -> tuple[torch.device, int | None]:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from gradshield_fast.answers import AnswerEncoder
+from gradshield_fast.batches import padded_batch
 from gradshield_fast.capture import frozen
 from gradshield_fast.chat import Encoded
 from gradshield_fast.errors import InputError
 from gradshield_fast.fused_answers import FusedAnswers, fused_answers
-from gradshield_fast.losses import eager_experts, padded_batch
+from gradshield_fast.losses import eager_experts
 from gradshield_fast.packing import pack
 from gradshield_fast.probes import SafetyProbes
 from gradshield_fast.refusal import refuses
