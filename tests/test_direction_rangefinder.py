@@ -149,7 +149,8 @@ def test_the_models_own_head_runs_in_no_pass_and_nothing_changes(
     monkeypatch.setattr(safety, "fused_answers", lambda *_: None)
     plain, want = safety_factors(model, tokenizer, PROBES, **options)
     assert report.refusal_logprob == pytest.approx(want.refusal_logprob, rel=1e-4)
-    assert report.compliance_cosine == pytest.approx(want.compliance_cosine, rel=1e-2)
+    if score == "refusal_logprob":
+        assert report.compliance_cosine == pytest.approx(want.compliance_cosine, rel=1e-2)
     for key, entry in found.entries.items():
         torch.testing.assert_close(
             dense_of(entry), dense_of(plain.entries[key]), rtol=1e-2, atol=1e-3 * float(dense_of(entry).abs().max())
