@@ -16,7 +16,7 @@ from gradshield_fast.answers import AnswerEncoder
 from gradshield_fast.batches import padded_batch
 from gradshield_fast.errors import UnalignedModelError
 from gradshield_fast.packing import pack
-from gradshield_fast.response_logprob import token_logprobs
+from gradshield_fast.response_logprob import answer_means
 from gradshield_fast.safety import SafetyReport, check_aligned, safety_gradient, safety_score
 from tests.toy_safety import PROBES, mean_logprob, state, toy_model
 
@@ -63,7 +63,7 @@ def test_a_model_that_refuses_is_told_from_one_that_does_not(taught: tuple[Any, 
 
 def test_an_unaligned_model_costs_no_pass_over_the_answers(tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
     measured = []
-    monkeypatch.setattr(safety, "token_logprobs", lambda *a: measured.append(a) or token_logprobs(*a))
+    monkeypatch.setattr(safety, "answer_means", lambda *a: measured.append(a) or answer_means(*a))
     model = toy_model()
     before = json.dumps(state(model), default=str)
     with pytest.raises(UnalignedModelError) as error:
