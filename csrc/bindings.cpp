@@ -14,6 +14,9 @@
 #include "ghost_dot_lowrank/cpu.h"
 #include "ghost_norm_sq/cpu.h"
 #include "ghost_project/cpu.h"
+#if defined(GSF_HEAD)
+#include "linear_cross_entropy/head.h"
+#endif
 #include "scale_dot/cpu.h"
 
 namespace py = pybind11;
@@ -95,6 +98,43 @@ void ghost_inner(const std::array<Tensor, 2>& left, const std::array<Tensor, 2>&
                    static_cast<int64_t>(spans.size()) / 2, pointer<float>(out), threads, isa_of(isa));
 }
 
+#if defined(GSF_HEAD)
+namespace head = gradshield::head;
+
+head::Matrix head_matrix(const Tensor& t) {
+  const gsf::Matrix x = matrix(t);
+  return {x.data, x.dtype, x.rows, x.cols, x.row_stride, x.col_stride};
+}
+
+void linear_cross_entropy(const Tensor& h, const Tensor& weight, const std::vector<Tensor>& p,
+                          const std::vector<Tensor>& r, int64_t index, int64_t labels, int64_t token_weight,
+                          int64_t tokens, float scale, float softcap, int64_t loss, int64_t dh, int64_t pulled,
+                          int64_t dot, bool exact, int threads, int upto) {
+  const py::gil_scoped_release released;
+  std::vector<head::Matrix> directions;
+  for (const Tensor& x : r) directions.push_back(head_matrix(x));
+  head::Problem problem;
+  problem.h = head_matrix(h);
+  problem.weight = head_matrix(weight);
+  if (!p.empty()) problem.p = head_matrix(p[0]);
+  problem.r = directions.data();
+  problem.directions = static_cast<int64_t>(directions.size());
+  problem.index = pointer<const int64_t>(index);
+  problem.labels = pointer<const int64_t>(labels);
+  problem.token_weight = pointer<const float>(token_weight);
+  problem.tokens = tokens;
+  problem.scale = scale;
+  problem.softcap = softcap;
+  problem.loss = pointer<float>(loss);
+  problem.dh = pointer<float>(dh);
+  problem.pulled = pointer<float>(pulled);
+  problem.dot = pointer<float>(dot);
+  problem.exact = exact;
+  problem.threads = threads;
+  head::run(problem, static_cast<head::Level>(upto));
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -107,4 +147,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("scale_dot", &scale_dot);
   m.def("ghost_project", &ghost_project);
   m.def("ghost_inner", &ghost_inner);
+#if defined(GSF_HEAD)
+  m.def(
+      "head_level", [] { return static_cast<int>(head::level()); },
+      "What this CPU offers the fused head: 0 nothing that will do, 1 AVX-512, 2 with BF16, 3 with AMX.");
+  m.def("linear_cross_entropy", &linear_cross_entropy);
+#endif
 }
