@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
-INPUTS := pyproject.toml setup.py setup_native.py setup_head.py setup_cuda.py constraints.txt
+INPUTS := pyproject.toml setup.py setup_native.py setup_cuda.py constraints.txt
 DEMO_STAMP := $(VENV)/.installed-demo
 DEV_STAMP := $(VENV)/.installed-dev
 
