@@ -107,8 +107,8 @@ gsf::attention::Tokens tokens(const Heads& x) {
 
 gsf::attention::Problem attention_problem(const std::array<Heads, 3>& qkv, const Sizes& sizes, float scale,
                                           float softcap) {
-  return {tokens(qkv[0]), tokens(qkv[1]), tokens(qkv[2]), sizes[0], sizes[1], sizes[2], sizes[3], scale, softcap,
-          sizes[4]};
+  return {tokens(qkv[0]), tokens(qkv[1]), tokens(qkv[2]), sizes[0], sizes[1],
+          sizes[2],       sizes[3],       scale,          softcap,  sizes[4]};
 }
 
 std::string attention_isa(int limit) {
