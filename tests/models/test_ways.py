@@ -103,7 +103,8 @@ def test_compile_says_which_weight_it_cannot_see_through() -> None:
 def test_a_model_without_repeated_layers_is_refused_by_name_of_the_option(option: str) -> None:
     model = make("llama", torch.float32)
     model.model.layers = model.model.layers[:1]
-    with Scorer(model, direction_over(model), **{option: True}) as it, pytest.raises(InputError, match=f"{option}: "):
+    it = Scorer(model, direction_over(model), compile=option == "compile", checkpoint=option == "checkpoint")
+    with it, pytest.raises(InputError, match=f"{option}: "):
         it.score(rows_of(LENGTHS))
 
 
