@@ -1,10 +1,8 @@
-"""Peers that do what real ones do to a benchmark: score right, raise, print to stdout, die, hang."""
+"""Peers that do what real ones do to a benchmark: score right, raise, print to stdout, die."""
 
 from __future__ import annotations
 
 import os
-import time
-from typing import Any
 
 from benchmarks.peers.ours import Dense
 from benchmarks.peers.peer import Scores
@@ -45,10 +43,3 @@ class Dies(Dense):
         os.write(2, b"out of memory, says somebody\n")
         os.kill(os.getpid(), 9)
         return {}
-
-
-class Hangs(Dense):
-    batch_tokens = (64,)
-
-    def __init__(self, model: Any, direction: Any) -> None:
-        time.sleep(600)
