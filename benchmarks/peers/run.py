@@ -42,7 +42,6 @@ PEERS = {
     "kronfluence": "benchmarks.peers.with_kronfluence:Exact",
     "kronfluence_rank16": "benchmarks.peers.with_kronfluence:Rank16",
     "dattri": "benchmarks.peers.with_dattri:Exact",
-    "dattri_projected": "benchmarks.peers.with_dattri:Projected",
     "ours_rank16": "benchmarks.peers.ours:Rank16",
     "ours_dense": "benchmarks.peers.ours:Dense",
     "ours_rank16_linear": "benchmarks.peers.ours:Rank16Linear",

@@ -24,7 +24,6 @@ class Exact:
 
     covers = "all"
     batch_tokens = (1, 512)
-    projected = False
 
     def __init__(self, model: Any, direction: Direction) -> None:
         """Describe the task as dattri asks for it.
@@ -57,8 +56,7 @@ class Exact:
         self.attributor = TracInAttributor(
             task=task, weight_list=torch.ones(1), normalized_grad=False, device=str(where)
         )
-        if not self.projected:
-            self.attributor.projector_kwargs = None
+        self.attributor.projector_kwargs = None
         self.query = DataLoader(TensorDataset(torch.zeros(1, 1)), batch_size=1)
 
     def prepare(self, batches: list[Batch]) -> tuple[list[Batch], list[Any]]:
@@ -84,9 +82,3 @@ class Exact:
         """
         batches, loaders = prepared
         return by_position(batches, [self.attributor.attribute(loader, self.query)[:, 0] for loader in loaders])
-
-
-class Projected(Exact):
-    """With its default projection to 512 numbers: an estimate."""
-
-    projected = True
