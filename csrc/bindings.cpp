@@ -15,6 +15,7 @@
 #include "ghost_norm_sq/cpu.h"
 #include "ghost_project/cpu.h"
 #include "scale_dot/cpu.h"
+#include "varlen_attention/cpu.h"
 
 namespace py = pybind11;
 
@@ -95,6 +96,44 @@ void ghost_inner(const std::array<Tensor, 2>& left, const std::array<Tensor, 2>&
                    static_cast<int64_t>(spans.size()) / 2, pointer<float>(out), threads, isa_of(isa));
 }
 
+// The address of the first element, and the strides of tokens and heads.
+using Heads = std::array<int64_t, 3>;
+// Tokens, heads, key heads, head size, window.
+using Sizes = std::array<int64_t, 5>;
+
+gsf::attention::Tokens tokens(const Heads& x) {
+  return {pointer<const uint16_t>(x[0]), x[1], x[2]};
+}
+
+gsf::attention::Problem attention_problem(const std::array<Heads, 3>& qkv, const Sizes& sizes, float scale,
+                                          float softcap) {
+  return {tokens(qkv[0]), tokens(qkv[1]), tokens(qkv[2]), sizes[0], sizes[1], sizes[2], sizes[3], scale, softcap,
+          sizes[4]};
+}
+
+std::string attention_isa(int limit) {
+  const char* name = gsf::attention_isa(isa_of(limit));
+  return name == nullptr ? "" : name;
+}
+
+bool attention_forward(const std::array<Heads, 3>& qkv, const Sizes& sizes, float scale, float softcap,
+                       const Indices& bounds, int64_t out, int64_t lse, int threads, int isa) {
+  const py::gil_scoped_release released;
+  return gsf::attention_forward(attention_problem(qkv, sizes, scale, softcap),
+                                {pointer<uint16_t>(out), pointer<float>(lse)}, bounds.data(),
+                                static_cast<int64_t>(bounds.size()) - 1, threads, isa_of(isa));
+}
+
+bool attention_backward(const std::array<Heads, 3>& qkv, const Sizes& sizes, float scale, float softcap,
+                        const Indices& bounds, const Heads& out, const Heads& dout, int64_t lse, int64_t dq, int64_t dk,
+                        int64_t dv, int threads, int isa) {
+  const py::gil_scoped_release released;
+  return gsf::attention_backward(attention_problem(qkv, sizes, scale, softcap),
+                                 {tokens(out), tokens(dout), pointer<const float>(lse), pointer<uint16_t>(dq),
+                                  pointer<uint16_t>(dk), pointer<uint16_t>(dv)},
+                                 bounds.data(), static_cast<int64_t>(bounds.size()) - 1, threads, isa_of(isa));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -107,4 +146,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("scale_dot", &scale_dot);
   m.def("ghost_project", &ghost_project);
   m.def("ghost_inner", &ghost_inner);
+  m.def("attention_isa", &attention_isa, py::arg("limit") = 3, "As `isa`, for attention; empty where none will do.");
+  m.def("attention_forward", &attention_forward);
+  m.def("attention_backward", &attention_backward);
 }

@@ -7,12 +7,15 @@ import warnings
 
 import torch
 
-from gradshield_fast.capture import capture
-from gradshield_fast.errors import ScoringError, is_out_of_memory
+from gradshield_fast.batches import IGNORE, PaddedBatch
+from gradshield_fast.capture import Capture, capture
+from gradshield_fast.compiled import CompiledLayers
+from gradshield_fast.errors import InputError, ScoringError, is_out_of_memory
 from gradshield_fast.layout import RowAxisLost
-from gradshield_fast.losses import IGNORE, Call, PaddedBatch, accepts, row_losses
+from gradshield_fast.losses import Call, accepts, row_losses
 from gradshield_fast.oracle import Truth, autograd_truth
 from gradshield_fast.plan import Plan, all_of
+from gradshield_fast.step import run_step
 from gradshield_fast.tally import Tally
 from gradshield_fast.universal import CHAIN, MethodFailed
 
@@ -143,6 +146,7 @@ class Calibration:
             wrong = self._wrong(tally)
             if not wrong and not (plan.context.norms and self._split_norms(tally)):
                 plan.known_layouts, plan.expected_uses = tally.layouts, tally.uses
+                plan.shared = _same_inputs(tally)
                 return
             stuck = [weight for weight in wrong if not self._generalise(weight, tally)]
             if stuck:
@@ -150,27 +154,70 @@ class Calibration:
         raise ScoringError(f"no rule was found for weights {wrong[:3]}; leave them out of the direction")
 
     def _trial(self) -> Tally:
-        plan, batch = self.plan, self.batch
-        tally = Tally(
-            batch.rows,
-            batch.tokens,
-            plan.direction.count,
-            batch.input_ids.device,
-            norms=plan.context.norms,
-            token_scores=self.token_scores,
-            backend=plan.context.backend,
-            expected_uses=None,
-            known_layouts=None,
-            by_weight=True,
-        )
-        with capture(plan.model, plan.sites(split=True)) as state:
-            state.tally = tally
-            with torch.enable_grad():
-                losses = row_losses(plan.model, batch, self.call)
-                if losses.requires_grad:
-                    losses.sum().backward()
-            tally.finish()
-        return tally
+        with capture(self.plan.model, self.plan.sites(split=True)) as hooks:
+            return run_step(
+                self.plan,
+                self.batch,
+                self.call,
+                hooks,
+                None,
+                token_scores=self.token_scores,
+                calibrated=False,
+                by_weight=True,
+            )[1]
+
+    def why_not_compiled(self, call: Call, hooks: Capture, compiled: CompiledLayers) -> str | None:
+        """Say why compiled layers do not give what autograd gives; compiles them.
+
+        Args:
+            call: how the model is called.
+            hooks: the capture on what is not compiled.
+            compiled: the layers, in place on the model.
+
+        Returns:
+            The reason, or None where losses, row's dot products and norms agree.
+        """
+        head = self.plan.head_rule()
+        with compiled.warming():
+            losses, tally = run_step(
+                self.plan, self.batch, call, hooks, head, compiled, token_scores=self.token_scores, by_weight=True
+            )
+        truth = self.truth
+        want, spread = (torch.stack(list(x.values())) for x in (truth.dot, truth.spread))
+        terms = torch.stack([tally.share(name)[1].cpu() for name in tally.by_weight or {}]).sum(0)
+        bound = self.tolerance * (want.sum(0).abs() + spread.square().sum(0).sqrt()) + self.noise * terms
+        if not bool(((tally.dot.cpu() - want.sum(0)).abs() <= bound).all()):
+            return "a row's score differs"
+        if tally.norm_sq is not None:
+            norm = torch.stack(list(truth.norm_sq.values())).sum(0).sqrt()
+            if not bool(((tally.norm_sq.cpu().sqrt() - norm).abs() <= self.tolerance * norm).all()):
+                return "a row's norm differs"
+        return self._off(losses)
+
+    def _off(self, losses: torch.Tensor) -> str | None:
+        off = (losses.double().cpu() - self.truth.loss).abs() / (1 + self.truth.loss.abs())
+        # not `>`: a NaN is a difference
+        return None if bool((off <= self.same).all()) else f"a row's loss differs by {float(off.max()):.2g} (relative)"
+
+    def why_not(self, call: Call) -> str | None:
+        """Say why another way to run the model does not give what autograd gives; to be asked after `settle`.
+
+        Args:
+            call: the other way; where its head is fused, the plan must be too.
+
+        Returns:
+            The reason, or None where losses, and every weight's dot products and norms, agree.
+        """
+        head = self.plan.head_rule() if call.head is not None else None
+        try:
+            with capture(self.plan.model, self.plan.sites(split=True)) as hooks:
+                losses, tally = run_step(
+                    self.plan, self.batch, call, hooks, head, token_scores=self.token_scores, by_weight=True
+                )
+        except (ScoringError, MethodFailed, RowAxisLost, InputError) as error:
+            return str(error)
+        wrong = self._wrong(tally)
+        return self._off(losses) or (f"the score of '{wrong[0]}' differs" if wrong else None)
 
     def _wrong(self, tally: Tally) -> list[str]:
         """Weights whose dot products or norms disagree with autograd."""
@@ -221,3 +268,17 @@ class Calibration:
             f"weight '{name}'{more} would be scored wrongly: every rule was tried, and the most general one gives "
             f"{float(got[row, 0]):.6g} where autograd gives {float(want[row, 0]):.6g}; leave it out of the direction"
         )
+
+
+def _same_inputs(tally: Tally) -> list[list[str]]:
+    """Group the weights of linear layers that follow each other on one activation."""
+    groups: list[list[str]] = []
+    before = None
+    for weight, a in tally.inputs:
+        if a is before and weight not in groups[-1]:
+            groups[-1].append(weight)
+        else:
+            groups.append([weight])
+        before = a
+    once = {weight for weight in tally.uses if tally.uses[weight] == 1}
+    return [group for group in groups if len(group) > 1 and once.issuperset(group)]

@@ -11,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gradshield_fast.errors import BackendUnavailable, InputError, ScoringError, is_out_of_memory
-from gradshield_fast.layers import Rule
+from gradshield_fast.layers import MatrixRule, Rule
 from gradshield_fast.tally import Tally
 from gradshield_fast.universal import Call, MethodFailed, UniversalRule, detached
 
@@ -33,6 +33,11 @@ class Site:
     module: torch.nn.Module
     rules: dict[Key, list[Rule]] = field(default_factory=dict)
     universals: list[UniversalRule] = field(default_factory=list)
+
+    @property
+    def matrices(self) -> list[str]:
+        """Weights of linear layers here."""
+        return [rule.weight for rules in self.rules.values() for rule in rules if type(rule) is MatrixRule]
 
 
 class Capture:
@@ -85,6 +90,8 @@ class Capture:
         tally = self.tally
         a = args[0] if args else next(iter(kwargs.values()))
         version = a._version
+        if tally is not None and tally.by_weight is not None:
+            tally.inputs += [(weight, a) for weight in site.matrices]
         kept = []
         for key, rules in site.rules.items():
             with _failing_as(key):

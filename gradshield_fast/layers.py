@@ -14,7 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from gradshield_fast.batches import PaddedBatch
 from gradshield_fast.direction import Entry
+from gradshield_fast.head_loss import HeadTerms
 from gradshield_fast.layout import Layout
 from gradshield_fast.lowrank import LowRank
 from gradshield_fast.ops.embedding_dot import embedding_dot
@@ -92,14 +94,102 @@ class _Matrix:
         if factors:
             self.p = torch.cat([e.q if transposed else e.p for _, e in factors], 1)
             self.q = torch.cat([e.p if transposed else e.q for _, e in factors], 1)
-            ranks = [0] * context.directions
+            self.ranks = [0] * context.directions
             for k, e in factors:
-                ranks[k] = e.rank
-            self.member = membership(ranks, self.q)
+                self.ranks[k] = e.rank
+            self.member = membership(self.ranks, self.q)
+
+
+class SharedInput:
+    """Layers that are given the very same activation, one after another: q^T a of all of them in one pass over it.
+
+    The first computes every layer's columns, the others take theirs, and the last lets go of the activation.
+    """
+
+    def __init__(self, rules: Sequence[MatrixRule]) -> None:
+        """Put the layers' input sides side by side.
+
+        Args:
+            rules: low-rank rules of the layers, in the order in which they are called.
+        """
+        self.q = torch.cat([rule.q for rule in rules if rule.q is not None], 1)
+        self.backend = rules[0].context.backend
+        self.held: tuple[torch.Tensor, torch.Tensor] | None = None
+        start = 0
+        for i, rule in enumerate(rules):
+            assert rule.q is not None
+            stop = start + rule.q.shape[1]
+            rule.shared = (self, start, stop, i == 0, i == len(rules) - 1)
+            start = stop
+
+    def project(self, a: torch.Tensor, start: int, stop: int, *, first: bool, last: bool) -> torch.Tensor | None:
+        """Give one layer's columns of q^T a.
+
+        Args:
+            a: Float[Tensor, "... d_in"].
+            start: its first column.
+            stop: one past its last column.
+            first: this is the first of the layers.
+            last: this is the last of them.
+
+        Returns:
+            Float32[Tensor, "tokens rank"], or None where the first layer was given another activation.
+        """
+        if first:
+            self.held = (a, lowrank_project(a.detach().reshape(-1, a.shape[-1]), self.q, backend=self.backend))
+        held = self.held
+        if last:
+            self.held = None
+        return held[1][:, start:stop] if held is not None and held[0] is a else None
 
 
 class MatrixRule(_Matrix):
     """Linear layers: u[t] = g[t] . (r a[t]), dense or low-rank."""
+
+    shared: tuple[SharedInput, int, int, bool, bool] | None = None
+
+    def project(self, a: torch.Tensor) -> torch.Tensor | None:
+        """Project the activation, in one pass for all the layers that share it.
+
+        Args:
+            a: Float[Tensor, "... d_in"].
+
+        Returns:
+            Float32[Tensor, "tokens rank"], q^T a; None without low-rank directions.
+        """
+        if self.q is None:
+            return None
+        z = None
+        if self.shared is not None:
+            group, start, stop, first, last = self.shared
+            z = group.project(a, start, stop, first=first, last=last)
+        if z is None:
+            z = lowrank_project(a.detach().reshape(-1, a.shape[-1]), self.q, backend=self.context.backend)
+        return z
+
+    def terms(self, a: torch.Tensor | None, z: torch.Tensor | None, g: torch.Tensor) -> torch.Tensor:
+        """Position terms of every direction.
+
+        Args:
+            a: Float[Tensor, "tokens d_in"], for dense directions.
+            z: Float32[Tensor, "tokens rank"], for low-rank ones.
+            g: Float[Tensor, "tokens d_out"].
+
+        Returns:
+            Float[Tensor, "tokens directions"].
+        """
+        backend = self.context.backend
+        low = None
+        if z is not None and self.p is not None and self.member is not None:
+            low = lowrank_contract(z, g, self.p, self.member, backend=backend)
+        if self.r is None or a is None:
+            return g.new_zeros(g.shape[0], self.context.directions, dtype=self.context.dtype) if low is None else low
+        dense = ghost_dot(a, g, self.r, backend=backend)
+        if len(self.dense_of) == self.context.directions:
+            return dense
+        u = g.new_zeros(g.shape[0], self.context.directions, dtype=self.context.dtype) if low is None else low.clone()
+        u[:, self.dense_of] += dense
+        return u
 
     def keep(self, module: nn.Module, a: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Keep q^T a alone where that is enough: it frees the activation, which a frozen layer does not save itself.
@@ -112,11 +202,8 @@ class MatrixRule(_Matrix):
             The activation or None, and its projection or None.
         """
         del module
-        a = a.detach()
-        z = None
-        if self.q is not None:
-            z = lowrank_project(a.reshape(-1, a.shape[-1]), self.q, backend=self.context.backend)
-        return (a if self.r is not None or self.context.norms else None), z
+        z = self.project(a)
+        return (a.detach() if self.r is not None or self.context.norms else None), z
 
     def add(
         self, kept: tuple[torch.Tensor | None, torch.Tensor | None], g: torch.Tensor, layout: Layout, tally: Tally
@@ -130,16 +217,46 @@ class MatrixRule(_Matrix):
             tally: the batch's sums.
         """
         a, z = kept
-        flat_g = g.reshape(-1, g.shape[-1])
-        u = torch.zeros(flat_g.shape[0], self.context.directions, dtype=self.context.dtype, device=g.device)
-        if self.r is not None and a is not None:
-            u[:, self.dense_of] = ghost_dot(a.reshape(-1, a.shape[-1]), flat_g, self.r, backend=self.context.backend)
-        if z is not None and self.p is not None and self.member is not None:
-            u += lowrank_contract(z, flat_g, self.p, self.member, backend=self.context.backend)
+        flat_a = None if a is None else a.reshape(-1, a.shape[-1])
+        u = self.terms(flat_a, z, g.reshape(-1, g.shape[-1]))
         tally.add(self.weight, u.reshape(*g.shape[:-1], -1), layout)
         if a is not None and self.context.norms:
             left, right = (a, g) if self.transposed else (g, a)
             tally.add_matrix_norm(self.weight, left, right, layout)
+
+
+class HeadRule(_Matrix):
+    """An output head whose product is part of the fused loss (head_loss.py): the op gives the position terms itself."""
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some directions are dense and some low-rank on this weight, which the op does not take."""
+        return self.r is not None and self.q is not None
+
+    def terms(self) -> HeadTerms:
+        """What the op is given.
+
+        Returns:
+            The directions on the head's weight.
+        """
+        if self.r is not None:
+            return HeadTerms(r=self.r)
+        return HeadTerms(p=self.p, q=self.q, ranks=self.ranks)
+
+    def add(self, terms: HeadTerms, batch: PaddedBatch, tally: Tally) -> None:
+        """Add the head's use of the weight.
+
+        Args:
+            terms: what `terms` gave, after the pass.
+            batch: the rows.
+            tally: the batch's sums.
+        """
+        assert terms.dot is not None
+        u = torch.zeros(*batch.predicts.shape, self.context.directions, dtype=terms.dot.dtype, device=terms.dot.device)
+        columns = self.dense_of if self.r is not None else list(range(self.context.directions))
+        rows, positions = batch.predicts.to(u.device).nonzero(as_tuple=True)
+        u[rows[:, None], positions[:, None], torch.tensor(columns, device=u.device)] = terms.dot
+        tally.add(self.weight, u, Layout("rows", 1))
 
 
 class EmbeddingRule(_Matrix):

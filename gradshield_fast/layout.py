@@ -14,8 +14,10 @@ class Layout:
 
     Attributes:
         kind: "rows": the first axis is the rows; "flat": the first axis is rows times tokens, row by row;
-            "single": the batch has one row, so that every element belongs to it.
-        token_axis: the axis that holds the row's tokens; None where there is none (and for "flat").
+            "single": the batch has one row, so that every element belongs to it; "packed": one axis holds the
+            tokens of all rows, one row after another without padding.
+        token_axis: the axis that holds the row's tokens (for "packed", those of all rows); None where there is none
+            (and for "flat").
     """
 
     kind: str
@@ -60,6 +62,33 @@ def layout_of(lead: Sequence[int], rows: int, tokens: int) -> Layout | None:
     if lead and lead[0] == rows * tokens:
         return Layout("flat", None)
     return Layout("single", None) if rows == 1 else None
+
+
+def packed_layout(lead: Sequence[int], tokens: int) -> Layout | None:
+    """Recognise a packed layout by shape alone.
+
+    Args:
+        lead: leading axes of a module's tensor.
+        tokens: tokens of all rows.
+
+    Returns:
+        The layout, or None where no axis matches.
+    """
+    return next((Layout("packed", axis) for axis, size in enumerate(lead) if size == tokens), None)
+
+
+def by_token(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Bring the tokens of a packed tensor to the front.
+
+    Args:
+        x: Tensor "lead... last" with a packed layout.
+        layout: where the tokens are.
+
+    Returns:
+        Tensor "tokens positions last": the positions that belong to each token.
+    """
+    assert layout.token_axis is not None
+    return x.movedim(layout.token_axis, 0).flatten(1, -2) if x.ndim > 2 else x[:, None]
 
 
 def by_row(x: torch.Tensor, layout: Layout, rows: int) -> torch.Tensor:

@@ -17,11 +17,12 @@ from torch import nn
 
 from gradshield_fast.capture import Site
 from gradshield_fast.direction import Direction, Entry
-from gradshield_fast.layers import Context, make_rule, method_of
+from gradshield_fast.layers import Context, HeadRule, MatrixRule, SharedInput, make_rule, method_of
 from gradshield_fast.layout import Layout
 from gradshield_fast.universal import CHAIN, UniversalRule
 
 Key = tuple[str, str]
+FUSED = "fused head"
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -36,6 +37,7 @@ class Plan:
         sites_of: weight's name -> the (module name, method) pairs that together cover its uses.
         known_layouts: what calibration saw, by site; None before.
         expected_uses: what calibration saw, by weight; None before.
+        shared: weights whose layers were given the very same activation in calibration, in the order of their calls.
     """
 
     model: nn.Module
@@ -44,6 +46,7 @@ class Plan:
     sites_of: dict[str, list[Key]] = field(default_factory=dict)
     known_layouts: dict[Key, set[Layout]] | None = None
     expected_uses: dict[str, int] | None = None
+    shared: list[list[str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Start with the rule of each owning module's class."""
@@ -114,6 +117,52 @@ class Plan:
         """
         return all_of([self.promote(weight, site, same_module=True) for weight in self.weights_at(site)])
 
+    def fuse_head(self, name: str) -> str | None:
+        """Let the fused loss score the output head's weight, where the direction has it.
+
+        Args:
+            name: the head's name in the model.
+
+        Returns:
+            The reason why it cannot, or None; the plan is changed only in the latter case.
+        """
+        around = [m for keys in self.sites_of.values() for m, method in keys if method in CHAIN and _inside(name, m)]
+        if around:
+            return f"weights are scored by the universal rule at '{around[0] or 'the model'}', which holds the head"
+        weights = self.weights_at((name, "linear"))
+        if weights and self.context.norms:
+            return "norms of its weight need the gradient of the logits"
+        if weights and self._head_rule(weights[0]).mixed:
+            return "some directions are dense on its weight and some low-rank"
+        for weight in weights:
+            self.sites_of[weight] = [(name, FUSED) if k == (name, "linear") else k for k in self.sites_of[weight]]
+        return None
+
+    def unfuse_head(self) -> None:
+        """Take back what `fuse_head` changed."""
+        for weight, keys in self.sites_of.items():
+            self.sites_of[weight] = [(module, "linear" if method == FUSED else method) for module, method in keys]
+
+    def head_rule(self) -> HeadRule | None:
+        """Make the rule of the fused head's weight.
+
+        Returns:
+            The rule, or None where the head is not fused or the direction does not have its weight.
+        """
+        weights = [weight for weight, keys in self.sites_of.items() if any(method == FUSED for _, method in keys)]
+        return self._head_rule(weights[0]) if weights else None
+
+    def _head_rule(self, weight: str) -> HeadRule:
+        return HeadRule(weight, self.entries(weight), self._parameters[weight].device, self.context)
+
+    @property
+    def needs_rows(self) -> str | None:
+        """Why a rule needs a row axis, which packed rows do not have, or None where every rule goes by positions."""
+        general = [method for keys in self.sites_of.values() for _, method in keys if method in CHAIN]
+        if "row_vjp" in general or (general and self.context.norms):
+            return "some weights are scored by one vjp a row, which takes padded rows"
+        return None
+
     def weights_at(self, site: Key) -> list[str]:
         """List the weights that a site scores.
 
@@ -160,6 +209,8 @@ class Plan:
         universal: dict[Key, dict[str, str]] = {}
         for weight, keys in self.sites_of.items():
             for module, method in keys:
+                if method == FUSED:
+                    continue
                 site = sites.setdefault(module, Site(module, self.modules[module]))
                 if method in CHAIN:
                     universal.setdefault((module, method), {})[weight] = self._local(weight, module)
@@ -172,7 +223,21 @@ class Plan:
                 entries = {weight: self.entries(weight) for weight in group}
                 rule = UniversalRule(key, self.modules[key[0]], group, entries, self.context)
                 sites[key[0]].universals.append(rule)
+        self._share(sites)
         return list(sites.values())
+
+    def _share(self, sites: dict[str, Site]) -> None:
+        """Let low-rank rules on one activation project it together."""
+        rules: dict[str, list[MatrixRule]] = {}
+        for site in sites.values():
+            for group in site.rules.values():
+                for rule in group:
+                    if type(rule) is MatrixRule and rule.q is not None:
+                        rules.setdefault(rule.weight, []).append(rule)
+        for weights in self.shared:
+            together = [rules[weight][0] for weight in weights if len(rules.get(weight, ())) == 1]
+            if len(together) > 1 and len({rule.q.device for rule in together if rule.q is not None}) == 1:
+                SharedInput(together)
 
     def _local(self, weight: str, module: str) -> str:
         """Name of a weight inside a module's subtree."""
@@ -182,6 +247,10 @@ class Plan:
             if path.startswith(prefix):
                 return path[len(prefix) :]
         raise AssertionError(f"{weight} is not inside {module}")
+
+
+def _inside(module: str, ancestor: str) -> bool:
+    return ancestor in ("", module) or module.startswith(f"{ancestor}.")
 
 
 def all_of(results: list[bool]) -> bool:

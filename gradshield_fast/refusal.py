@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from gradshield_fast.batches import padded_batch
 from gradshield_fast.chat import IGNORE, Encoded
-from gradshield_fast.losses import padded_batch
 from gradshield_fast.packing import pack
 from gradshield_fast.response_logprob import logits_at, place_of
 

@@ -10,21 +10,25 @@ from typing import Any
 
 import torch
 
+from gradshield_fast.batches import IGNORE, PaddedBatch, padded_batch
 from gradshield_fast.calibrate import Calibration
 from gradshield_fast.capture import Capture, capture, frozen
+from gradshield_fast.compiled import CompiledLayers
 from gradshield_fast.direction import Direction
 from gradshield_fast.errors import BackendUnavailable, InputError, ScoringError
-from gradshield_fast.layers import Context
+from gradshield_fast.faster import faster_call
+from gradshield_fast.layers import Context, HeadRule
 from gradshield_fast.layout import RowAxisLost
-from gradshield_fast.losses import IGNORE, Call, PaddedBatch, accepts, eager_experts, padded_batch, row_losses
+from gradshield_fast.losses import Call, accepts, eager_experts
 from gradshield_fast.ops import dispatch
 from gradshield_fast.ops.checks import accumulate_dtype
 from gradshield_fast.oracle import autograd_truth
 from gradshield_fast.plan import Plan, all_of
+from gradshield_fast.step import run_step
 from gradshield_fast.tally import Tally
 from gradshield_fast.universal import MethodFailed
 
-OPS = ("ghost_dot", "ghost_dot_lowrank", "embedding_dot", "scale_dot")
+OPS = ("ghost_dot", "ghost_dot_lowrank", "embedding_dot", "scale_dot", "linear_cross_entropy")
 """Ops that a named backend must have; with norms, ghost_norm_sq too."""
 
 VERIFY_BOUND = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -78,6 +82,8 @@ class Scorer:
         norms: bool = False,
         token_scores: bool = False,
         verify: bool = False,
+        *,
+        compile: bool = False,
     ) -> None:
         """Check the options and that the direction fits the model.
 
@@ -90,6 +96,8 @@ class Scorer:
             norms: also work out ||grad loss||, for the cosine.
             token_scores: also give the position terms.
             verify: hold one row of the first batch against autograd, at full length and to the promised bound.
+            compile: run the model's repeated layers through torch.compile, which takes some seconds at the first batch
+                and pays off over many rows; see `ways` for how many seconds it took.
 
         Raises:
             InputError: an option is wrong, or the direction does not fit the model.
@@ -112,6 +120,10 @@ class Scorer:
         self._check_backend()
         context = Context(direction.count, self._dtype, norms, backend)
         self._plan = Plan(model, direction, context)
+        self.compile = compile
+        self._head: HeadRule | None = None
+        self._compiled: CompiledLayers | None = None
+        self._ways: dict[str, str] = {}
         self._scope: ExitStack | None = None
         self._hooks: ExitStack | None = None
         self._capture: Capture | None = None
@@ -136,6 +148,14 @@ class Scorer:
     def methods(self) -> dict[str, list[str]]:
         """Which rule scores which weight: "method @ module" of each use; settled once a batch was scored."""
         return self._plan.methods()
+
+    @property
+    def ways(self) -> dict[str, str]:
+        """How a batch is run, settled once one was scored: "head", "attention", "packing" and, if asked for, "compile".
+
+        What was not taken says why: "own logits: its output head has a bias".
+        """
+        return dict(self._ways)
 
     def __enter__(self) -> Scorer:
         """Freeze the model, put it in evaluation mode, and switch its experts to their eager form.
@@ -204,13 +224,32 @@ class Scorer:
     def _settle(self, padded: PaddedBatch) -> None:
         if self._hooks is not None:
             return
+        calibration = None
         if not self._calibrated:
+            self._plan.unfuse_head()
+            self._call = self._call.plain
             calibration = Calibration(self._plan, padded, self._call, token_scores=self.token_scores)
             self._call = calibration.call
             calibration.settle()
+            self._call, self._ways = faster_call(self.model, self._plan, calibration)
+            self._head = self._plan.head_rule()
             self._calibrated = True
+            self._compiled = CompiledLayers(self.model, self._plan) if self.compile else None
         self._hooks = ExitStack()
-        self._capture = self._hooks.enter_context(capture(self.model, self._plan.sites()))
+        compiled = {site.name for site in self._compiled.sites} if self._compiled is not None else set()
+        sites = [site for site in self._plan.sites() if site.name not in compiled]
+        self._capture = self._hooks.enter_context(capture(self.model, sites))
+        if self._compiled is not None:
+            self._hooks.enter_context(self._compiled.scope())
+            if calibration is not None:
+                self._check_compiled(calibration, self._compiled, self._capture)
+
+    def _check_compiled(self, calibration: Calibration, compiled: CompiledLayers, hooks: Capture) -> None:
+        reason = calibration.why_not_compiled(self._call, hooks, compiled)
+        if reason is not None:
+            raise ScoringError(f"compile: the compiled layers do not give autograd's answer: {reason}; score without")
+        kind = type(next(iter(compiled.layers.values()))).__name__
+        self._ways["compile"] = f"{len(compiled.layers)} layers of {kind}, in {compiled.warm_up:.1f} s"
 
     def _run_or_generalise(self, padded: PaddedBatch) -> tuple[torch.Tensor, Tally]:
         """Run a batch; where it shows what calibration could not (an expert's first tokens), generalise and repeat."""
@@ -235,31 +274,20 @@ class Scorer:
     def _run(self, padded: PaddedBatch, *, by_weight: bool = False) -> tuple[torch.Tensor, Tally]:
         """One forward and one backward pass to the activations."""
         assert self._capture is not None
-        tally = Tally(
-            padded.rows,
-            padded.tokens,
-            self.direction.count,
-            self._device,
-            norms=self.norms,
-            token_scores=self.token_scores,
-            backend=self.backend,
-            expected_uses=self._plan.expected_uses,
-            known_layouts=self._plan.known_layouts,
-            by_weight=by_weight,
-        )
-        self._capture.tally = tally
-        try:
-            with dispatch.record() as ran:
-                with torch.enable_grad():
-                    losses = row_losses(self.model, padded, self._call)
-                    if losses.requires_grad:
-                        losses.sum().backward()
-                tally.finish()
-        finally:
-            self._capture.tally = None
+        with dispatch.record() as ran:
+            result = run_step(
+                self._plan,
+                padded,
+                self._call,
+                self._capture,
+                self._head,
+                self._compiled,
+                token_scores=self.token_scores,
+                by_weight=by_weight,
+            )
         for op, names in ran.items():
             self._ran.setdefault(op, set()).update(names)
-        return losses.detach(), tally
+        return result
 
     def _verify(self, padded: PaddedBatch, losses: torch.Tensor, tally: Tally) -> None:
         """Hold the first row that has a loss against autograd; see `verify` in `__init__`."""
@@ -269,7 +297,7 @@ class Scorer:
         row = int(usable[0])
         length = int(padded.attention_mask[row].sum())
         alone = padded.row(row, length)
-        truth = autograd_truth(self.model, self.direction, alone, self._call)
+        truth = autograd_truth(self.model, self.direction, alone, self._call.plain)
         bound = VERIFY_BOUND.get(next(self.model.parameters()).dtype, 1e-3)
         scale = torch.stack(list(truth.size.values())).sum(0)
         _, single = self._run(alone, by_weight=True)

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
+from gradshield_fast.batches import PackedBatch
 from gradshield_fast.errors import ScoringError
-from gradshield_fast.layout import Layout, RowAxisLost, by_row, layout_of, sum_rows, sum_tokens
+from gradshield_fast.layout import Layout, RowAxisLost, by_row, by_token, layout_of, packed_layout, sum_rows, sum_tokens
 from gradshield_fast.ops import ghost_inner, ghost_norm_sq
 
 Key = tuple[str, str]
@@ -25,6 +26,7 @@ class Tally:
         layouts: site's key -> the layouts its calls had.
         fired: (site's key) of every site whose output gradient arrived.
         uses: weight's name -> number of times its rule ran.
+        inputs: (weight, activation) of every linear layer's call, in order; kept only while a plan is checked.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Tally:
         expected_uses: Mapping[str, int] | None,
         known_layouts: Mapping[Key, set[Layout]] | None,
         by_weight: bool = False,
+        line: PackedBatch | None = None,
     ) -> None:
         """Start at zero.
 
@@ -54,6 +57,7 @@ class Tally:
             expected_uses: weight's name -> uses seen at calibration; None while calibrating.
             known_layouts: site's key -> layouts seen at calibration; None while calibrating.
             by_weight: also keep the dot products of each weight.
+            line: the packed form that the model is given; None: it is given the padded one.
         """
         self.rows, self.tokens, self.directions, self.device = rows, tokens, directions, device
         self.dot = torch.zeros(rows, directions, dtype=torch.float64, device=device)
@@ -67,8 +71,11 @@ class Tally:
         self.layouts: dict[Key, set[Layout]] = {}
         self.fired: set[Key] = set()
         self.uses: dict[str, int] = {}
+        self.inputs: list[tuple[str, torch.Tensor]] = []
         self._expected_uses, self._known_layouts = expected_uses, known_layouts
-        self._matrix_uses: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._line = line
+        self._lengths = None if line is None else line.cu_seqlens.diff().long().to(device)
+        self._matrix_uses: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
         self._vector_uses: dict[str, torch.Tensor] = {}
 
     def layout(self, site: Key, lead: tuple[int, ...]) -> Layout:
@@ -85,6 +92,12 @@ class Tally:
             RowAxisLost: there is none, calibration never saw this site or saw another layout, or position terms are
                 asked for and the layout has no token axis.
         """
+        if self._line is not None:
+            layout = packed_layout(lead, len(self._line.place))
+            if layout is None:
+                raise RowAxisLost(site, lead)
+            self.fired.add(site)
+            return layout
         layout = layout_of(lead, self.rows, self.tokens)
         if layout is None or (self.token_dot is not None and layout.kind != "flat" and layout.token_axis is None):
             raise RowAxisLost(site, lead)
@@ -105,11 +118,26 @@ class Tally:
             u: Float[Tensor, "lead... directions"].
             layout: where the rows are in `lead`.
         """
-        per_token = sum_tokens(u, layout, self.rows, self.tokens) if self.token_dot is not None else None
-        if per_token is not None and self.token_dot is not None:
-            self.token_dot += per_token.to(self.device)
-        magnitude = sum_rows(u.abs(), layout, self.rows) if self.by_weight is not None else None
-        self.add_rows(weight, sum_rows(u, layout, self.rows), magnitude)
+        if self.token_dot is not None:
+            self._add_tokens(self.token_dot, u, layout)
+        magnitude = self._sum_rows(u.abs(), layout) if self.by_weight is not None else None
+        self.add_rows(weight, self._sum_rows(u, layout), magnitude)
+
+    def _add_tokens(self, token_dot: torch.Tensor, u: torch.Tensor, layout: Layout) -> None:
+        if self._line is not None and layout.kind == "packed":
+            # each place once, so that the sum has one order
+            flat = by_token(u, layout).sum(1, dtype=torch.float64)
+            token_dot.view(-1, self.directions)[self._line.place] += flat.to(self.device)
+            return
+        per_token = sum_tokens(u, layout, self.rows, self.tokens)
+        if per_token is not None:
+            token_dot += per_token.to(self.device)
+
+    def _sum_rows(self, u: torch.Tensor, layout: Layout) -> torch.Tensor:
+        if self._lengths is None or layout.kind != "packed":
+            return sum_rows(u, layout, self.rows)
+        flat = by_token(u, layout).sum(1, dtype=torch.float64)
+        return torch.segment_reduce(flat, "sum", lengths=self._lengths.to(flat.device), axis=0, initial=0)
 
     def add_rows(self, weight: str, s: torch.Tensor, magnitude: torch.Tensor | None = None) -> None:
         """Add the dot products of one use of a weight.
@@ -161,12 +189,20 @@ class Tally:
         """
         if self.norm_sq is None:
             return
-        left = left.reshape(self.rows, -1) if not left.is_floating_point() else by_row(left, layout, self.rows)
-        right = by_row(right, layout, self.rows)
-        if self._expected_uses is not None and self._expected_uses.get(weight) == 1:
-            self._once(weight, ghost_norm_sq(_flat(right), _flat(left), self._bounds(left), backend=self.backend))
+        if not left.is_floating_point():
+            left = left.unsqueeze(-1)
+        if self._line is not None and layout.kind == "packed":
+            left, right = by_token(left, layout), by_token(right, layout)
+            bounds = self._line.cu_seqlens * left.shape[1]
         else:
-            self._matrix_uses.setdefault(weight, []).append((left, right))
+            left, right = by_row(left, layout, self.rows), by_row(right, layout, self.rows)
+            bounds = torch.arange(self.rows + 1, dtype=torch.int32) * left.shape[1]
+        left, right = left.flatten(0, 1), right.flatten(0, 1)
+        left = left if left.is_floating_point() else left[:, 0]
+        if self._expected_uses is not None and self._expected_uses.get(weight) == 1:
+            self._once(weight, ghost_norm_sq(right, left, bounds, backend=self.backend))
+        else:
+            self._matrix_uses.setdefault(weight, []).append((left, right, bounds))
 
     def add_vector_norm(self, weight: str, v: torch.Tensor, layout: Layout) -> None:
         """Take in one use of a vector weight, whose per-example gradient is a sum over positions.
@@ -178,7 +214,7 @@ class Tally:
         """
         if self.norm_sq is None:
             return
-        summed = by_row(v, layout, self.rows).sum(1, dtype=torch.float64)
+        summed = self._sum_rows(v, layout)
         self._vector_uses[weight] = self._vector_uses[weight] + summed if weight in self._vector_uses else summed
 
     def add_norm_sq(self, weight: str, norm_sq: torch.Tensor) -> None:
@@ -201,19 +237,20 @@ class Tally:
             return
         for weight, uses in self._matrix_uses.items():
             total = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
-            if len({left.shape[1] for left, _ in uses}) > 1:
+            counts = sorted({left.shape[0] // self.rows for left, _, _ in uses})
+            if len(counts) > 1:
                 raise ScoringError(
-                    f"norms: weight '{weight}' is used at {sorted({left.shape[1] for left, _ in uses})} positions a "
-                    "row; its cross term needs equal ones. Score without norms, or leave it out of the direction"
+                    f"norms: weight '{weight}' is used at {counts} positions a row; its cross term needs equal ones. "
+                    "Score without norms, or leave it out of the direction"
                 )
-            for i, (left, right) in enumerate(uses):
+            for i, (left, right, bounds) in enumerate(uses):
                 for j in range(i + 1):
                     inner = ghost_inner(
-                        _flat(left),
-                        _flat(right),
-                        _flat(uses[j][0]).to(left.device),
-                        _flat(uses[j][1]).to(left.device),
-                        self._bounds(left),
+                        left,
+                        right,
+                        uses[j][0].to(left.device),
+                        uses[j][1].to(left.device),
+                        bounds,
                         backend=self.backend,
                     )
                     total += (1 if i == j else 2) * inner.to(self.device, torch.float64)
@@ -222,9 +259,6 @@ class Tally:
             self._record(weight, v.square().sum(-1))
         self._matrix_uses.clear()
         self._vector_uses.clear()
-
-    def _bounds(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.arange(self.rows + 1, dtype=torch.int32) * x.shape[1]
 
     def _once(self, weight: str, norm_sq: torch.Tensor) -> None:
         if weight in self.norm_by_weight:
@@ -238,8 +272,3 @@ class Tally:
         assert self.norm_sq is not None
         self.norm_by_weight[weight] = norm_sq.to(self.device, torch.float64)
         self.norm_sq += self.norm_by_weight[weight]
-
-
-def _flat(x: torch.Tensor) -> torch.Tensor:
-    """Merge rows and positions."""
-    return x.reshape(-1, *x.shape[2:])

@@ -17,7 +17,7 @@ from toy_tokenizers import STYLES, toy_tokenizer
 from gradshield_fast import SafetyProbes, safety
 from gradshield_fast.answers import AnswerEncoder
 from gradshield_fast.errors import InputError, ScoringError, UnalignedModelError
-from gradshield_fast.losses import padded_batch
+from gradshield_fast.batches import padded_batch
 from gradshield_fast.packing import pack
 from gradshield_fast.response_logprob import token_logprobs
 from gradshield_fast.safety import SafetyReport, check_aligned, safety_gradient, safety_score

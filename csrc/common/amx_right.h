@@ -1,4 +1,4 @@
-// The matrix unit's configuration, and its form of a product's right factor.
+// The matrix unit's form of a product's right factor.
 //
 // Maths    B = 2^-s (hi + mid + lo), each bfloat16: 24 significant bits cut into 8 + 8 + 8, nothing is rounded away. A
 //          product of two bfloat16 numbers is exact in float32.
@@ -8,6 +8,7 @@
 // or a NaN: `split` says so, and the float32 product runs.
 #pragma once
 
+#include "common/amx_tiles.h"
 #include "common/product.h"
 
 namespace gsf::amx {
@@ -16,35 +17,6 @@ constexpr int64_t kTile = 16;         // rows of a tile, and pairs of k in one
 constexpr int64_t kStep = 32;         // k that one tile covers
 constexpr int64_t kPair = 2 * kTile;  // tokens that are multiplied together
 constexpr int64_t kTileHalves = 512;
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// The tiles' configuration for the time of a call. What was configured before is configured again at the end: other
-// libraries on this thread remember what they set.
-class Tiles {
- public:
-  Tiles() {
-    _tile_storeconfig(&before_);
-    const TileConfig mine;
-    _tile_loadconfig(&mine);
-  }
-  ~Tiles() {
-    if (before_.palette != 0) {
-      _tile_loadconfig(&before_);
-    } else {
-      _tile_release();
-    }
-  }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-
- private:
-  TileConfig before_;
-};
 
 inline float power_of_two(int exponent) {
   const uint32_t bits = static_cast<uint32_t>(exponent + 127) << 23;

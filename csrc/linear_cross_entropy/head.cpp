@@ -72,7 +72,8 @@ Plan make_plan(const Problem& problem) {
   plan.terms_w = terms_of(problem.weight.dtype);
   plan.terms_p = terms_of(problem.p.dtype);
   plan.terms_r = problem.directions > 0 ? terms_of(problem.r[0].dtype) : 0;
-  plan.every_term = needs_every_term(problem.weight);
+  plan.most_terms = problem.exact || plan.terms_h == kMaxTerms || plan.terms_w == kMaxTerms ? kMaxTerms : 1;
+  plan.every_term = plan.most_terms > 1 && needs_every_term(problem.weight);
   plan.k_steps = std::max<int64_t>(1, ceil_div(d, kPair));
   plan.rank_pairs = ceil_div(problem.p.cols, kPair);
   plan.half_rank_pair = problem.p.cols % kPair > 0 && problem.p.cols % kPair <= kTile;

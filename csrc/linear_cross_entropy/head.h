@@ -38,6 +38,7 @@ struct Problem {
   float* dh = nullptr;           // [rows of h, d]
   float* pulled = nullptr;       // [rows of h, ranks]
   float* dot = nullptr;          // [rows of h, directions]
+  bool exact = true;             // false: 16-bit inputs take the first bf16 term of P alone, in products with W and p
   int threads = 1;
 };
 
@@ -51,6 +52,7 @@ struct Plan {
   int terms_h, terms_w, terms_p, terms_r;
   bool half_rank_pair;  // the last 32 ranks are 16 or fewer
   bool every_term;      // leave no term of the shares out
+  int most_terms;       // of P in the second products: 3, or 1 where it may be rounded
 };
 
 // Partial sums of every chunk, [chunks, pairs, ...]; acc holds tiles of 16 columns by 16 tokens.

@@ -94,7 +94,8 @@ __attribute__((noinline)) bool softmax_block(const Problem& problem, const Plan&
       return false;
     }
     const int first = decide(token, 0, lanes[0], valid[0]), second = decide(token, 1, lanes[1], valid[1]);
-    const int terms = plan.every_term ? kMaxTerms : first > second ? first : second;
+    const int wanted = plan.every_term ? kMaxTerms : first > second ? first : second;
+    const int terms = wanted < plan.most_terms ? wanted : plan.most_terms;
     s.terms[last] = static_cast<uint8_t>(terms);
     for (int64_t half = 0; half < 2 && terms < 3; ++half) enter(token, half, lanes[half], terms);
     if (dense) direction_step(problem, plan, s, last, tokens, dot);
@@ -113,7 +114,7 @@ void multiply_block(const Plan& plan, const Scratch& s, const Block& block, Ahea
     const auto product = half         ? (terms == 1 ? second_product<true, false> : second_product<false, false>)
                          : terms == 1 ? second_product<true, true>
                                       : second_product<false, true>;
-    product(columns_at(plan, s, i), terms, s.shares, s.terms, block.steps, of_p, adder, acc + i * 1024);
+    product(columns_at(plan, s, i), terms, s.shares, s.terms, block.steps, of_p ? plan.most_terms : 0, adder, acc + i * 1024);
   }
   adder.rest();
 }

@@ -24,7 +24,7 @@ Matrix matrix(const Described& x) {
 void linear_cross_entropy(const Described& h, const Described& weight, const Described& p,
                           const std::vector<Described>& r, uintptr_t index, uintptr_t labels, uintptr_t token_weight,
                           int64_t tokens, float scale, float softcap, uintptr_t loss, uintptr_t dh, uintptr_t pulled,
-                          uintptr_t dot, int threads, int upto) {
+                          uintptr_t dot, bool exact, int threads, int upto) {
   std::vector<Matrix> directions;
   for (const Described& x : r) directions.push_back(matrix(x));
   Problem problem;
@@ -43,6 +43,7 @@ void linear_cross_entropy(const Described& h, const Described& weight, const Des
   problem.dh = reinterpret_cast<float*>(dh);
   problem.pulled = reinterpret_cast<float*>(pulled);
   problem.dot = reinterpret_cast<float*>(dot);
+  problem.exact = exact;
   problem.threads = threads;
   const py::gil_scoped_release release;
   gradshield::head::run(problem, static_cast<gradshield::head::Level>(upto));
@@ -57,6 +58,6 @@ PYBIND11_MODULE(_native_head, module) {
       "What this CPU offers: 0 nothing that will do, 1 AVX-512, 2 with BF16, 3 with AMX.");
   module.def("linear_cross_entropy", &linear_cross_entropy, py::arg("h"), py::arg("weight"), py::arg("p"), py::arg("r"),
              py::arg("index"), py::arg("labels"), py::arg("token_weight"), py::arg("tokens"), py::arg("scale"),
-             py::arg("softcap"), py::arg("loss"), py::arg("dh"), py::arg("pulled"), py::arg("dot"), py::arg("threads"),
+             py::arg("softcap"), py::arg("loss"), py::arg("dh"), py::arg("pulled"), py::arg("dot"), py::arg("exact"), py::arg("threads"),
              py::arg("upto") = 3);
 }

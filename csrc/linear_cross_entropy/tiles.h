@@ -52,12 +52,12 @@ class Adder {
 // The second product of one pair of column tiles over a block: [32 columns, 32 tokens], to be added to acc.
 template <bool kOneTermOfW, bool kBoth>
 __attribute__((noinline)) void second_product(const uint8_t* columns, int column_terms, const uint8_t* shares,
-                                              const uint8_t* terms, int64_t steps, bool all_terms, Adder& adder,
+                                              const uint8_t* terms, int64_t steps, int fixed_terms, Adder& adder,
                                               float* acc) {
   Unit unit;
   unit.zero();
   for (int64_t i = 0; i < steps; ++i) {
-    const int count = all_terms ? kMaxTerms : terms[i];
+    const int count = fixed_terms > 0 ? fixed_terms : terms[i];
     const uint8_t* share = shares + i * kMaxTerms * 2 * kTileBytes;
     if (count > 0 && kOneTermOfW) {
       unit.step<kBoth>(columns + i * 2 * kTileBytes, 1, share, count);

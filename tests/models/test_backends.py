@@ -42,7 +42,7 @@ def test_the_result_says_what_ran() -> None:
     with Scorer(model, direction_over(model)) as scorer:
         assert scorer.backends == {}
         ran = scorer.score(batch).backends
-    assert set(ran) == {"embedding_dot", "ghost_dot", "scale_dot"}
+    assert set(ran) == {"embedding_dot", "ghost_dot", "scale_dot", "linear_cross_entropy"}
     assert set(ran.values()) <= {"native", "reference"}
 
 

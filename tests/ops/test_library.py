@@ -28,7 +28,7 @@ NODES: dict[str, tuple[Any, ...]] = {
     "embedding_dot_terms": (IDS, G, TABLE, "auto"),
     "scale_dot_terms": (None, G, torch.randn(2, 6), "auto"),
     "segment_sum": (G.float(), CU, "somewhere"),
-    "linear_cross_entropy": (H, HEAD, LABELS, None, 1.0, 5.0, None, torch.randn(5, 3), Q, MEMBER, "auto"),
+    "linear_cross_entropy": (H, HEAD, LABELS, None, 1.0, 5.0, None, torch.randn(5, 3), Q, MEMBER, True, "auto"),
 }
 
 
@@ -39,7 +39,7 @@ def test_is_registered_right(name: str) -> None:
 
 def test_the_head_has_no_directions_where_none_are_given() -> None:
     head = torch.ops.gradshield_fast.linear_cross_entropy.default
-    inputs = (H, HEAD, LABELS, None, 1.0, None, None, None, None, None, "auto")
+    inputs = (H, HEAD, LABELS, None, 1.0, None, None, None, None, None, True, "auto")
     torch.library.opcheck(head, inputs)
     assert head(*inputs)[2].shape == (12, 0)
 

@@ -10,12 +10,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gradshield_fast.errors import InputError
 from gradshield_fast.ops import linear_cross_entropy
 from tests.ops.cases import BOUND, DTYPES, backends, strided
 
 BACKENDS = backends("linear_cross_entropy")
+EPS_BF16 = torch.finfo(torch.bfloat16).eps
 
 
 class Case(NamedTuple):
@@ -106,6 +109,72 @@ def test_a_sure_model_keeps_its_small_gradient(backend: str) -> None:
     expected = 49 * torch.exp(torch.tensor(-30.0, dtype=torch.float64))  # 4.6e-12, where softmax - 1 gives 0
     torch.testing.assert_close(out.loss.double(), expected.expand(2), rtol=1e-5, atol=0)
     torch.testing.assert_close(out.dh[:, 0].double(), (-30 * expected).expand(2), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=20, deadline=None)
+@given(
+    tokens=st.integers(1, 40),
+    vocabulary=st.integers(1, 200),
+    d=st.integers(1, 70),
+    kinds=st.sampled_from([(torch.bfloat16, torch.bfloat16), (torch.float16,) * 2, (torch.bfloat16, torch.float16)]),
+    softcap=st.sampled_from([None, 5.0]),
+    spread=st.sampled_from([0.0, 0.1, 1.0, 8.0, 30.0]),
+)
+def test_rounded_stays_within_its_bound(
+    tokens: int,
+    vocabulary: int,
+    d: int,
+    kinds: tuple[torch.dtype, torch.dtype],
+    softcap: float | None,
+    spread: float,
+    backend: str,
+) -> None:
+    """Beside the exact bound, eps(bfloat16) of each term's size, as the docstring says; none of it for the loss."""
+    c = case(tokens, vocabulary, d, torch.float32, softcap=softcap)
+    c = c._replace(h=(c.h * spread).to(kinds[0]), weight=c.weight.to(kinds[1]))
+    loss, g, loss_bound, g_bound = truth(c)
+    off = g_bound + (BOUND + EPS_BF16) * g.abs()
+    generator = torch.Generator().manual_seed(5)
+    weight, h = c.weight.double(), c.h.double()
+    p, q = strided(generator, torch.float32, vocabulary, 3), strided(generator, torch.float32, d, 3)
+    r = strided(generator, torch.float32, 1, vocabulary, d)
+    low = linear_cross_entropy(*c[:4], softcap=softcap, p=p, q=q, exact=False, backend=backend)
+    assert ((low.loss - loss).abs() <= loss_bound).all()
+    assert ((low.dh - g @ weight).abs() <= off @ weight.abs()).all()
+    assert low.dot is not None
+    reach = h.abs() @ q.double().abs() @ p.double().abs().T
+    dot = ((g @ p.double()) * (h @ q.double())).sum(1)
+    assert ((low.dot[:, 0] - dot).abs() <= (off * reach).sum(1)).all()
+    dense = linear_cross_entropy(*c[:4], softcap=softcap, r=r, exact=False, backend=backend)
+    assert dense.dot is not None
+    dot, reach = (g * (h @ r[0].double().T)).sum(1), h.abs() @ r[0].double().abs().T
+    assert ((dense.dot[:, 0] - dot).abs() <= (off * reach).sum(1)).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("h", "weight"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_not_exact_changes_nothing_beside_float32(h: torch.dtype, weight: torch.dtype, backend: str) -> None:
+    c = case(37, 120, 24, torch.float32)
+    c = c._replace(h=c.h.to(h), weight=c.weight.to(weight))
+    p, q = torch.randn(120, 3), torch.randn(24, 3)
+    one, other = (linear_cross_entropy(*c[:4], p=p, q=q, exact=exact, backend=backend) for exact in (True, False))
+    assert one.dot is not None and other.dot is not None
+    assert torch.equal(one.dh, other.dh)
+    assert torch.equal(one.dot, other.dot)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_sure_model_keeps_its_small_gradient_when_rounded(dtype: torch.dtype, backend: str) -> None:
+    """The label's g is 2e-9 and the others' are fifty times less: float16 would flush both."""
+    h, weight = torch.zeros(2, 4, dtype=dtype), torch.zeros(50, 4, dtype=dtype)
+    h[:, 0], weight[7, 0], weight[8, 1] = 1.0, 24.0, 1.0
+    out = linear_cross_entropy(h, weight, torch.tensor([7, 7]), exact=False, backend=backend)
+    other = torch.exp(torch.tensor(-24.0, dtype=torch.float64))
+    torch.testing.assert_close(out.loss.double(), (49 * other).expand(2), rtol=1e-5, atol=0)
+    torch.testing.assert_close(out.dh[:, 0].double(), (-24 * 49 * other).expand(2), rtol=EPS_BF16, atol=0)
+    torch.testing.assert_close(out.dh[:, 1].double(), other.expand(2), rtol=EPS_BF16, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -30,13 +30,14 @@ def _run(
     p: torch.Tensor | None,
     q: torch.Tensor | None,
     member: torch.Tensor | None,
+    exact: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if labels.device.type == "cpu" and labels.numel():
         low, high = int(labels.min()), int(labels.max())
         if high >= weight.shape[0] or bool(((labels < 0) & (labels != IGNORE)).any()):
             raise InputError(f"{OP}: labels must be -100 or lie in 0..{weight.shape[0] - 1}, got {low}..{high}")
-    args = (h, weight, labels.long(), token_weight, scale, softcap, r, p, q, member)
+    args = (h, weight, labels.long(), token_weight, scale, softcap, r, p, q, member, exact)
     loss, dh, dot = dispatch.run(OP, backend, OP, (h, weight, r, p, q, token_weight), *args)
     dot = loss.new_empty((loss.shape[0], 0)) if dot is None else dot
     masked = (labels < 0)[:, None]  # they give nothing, whatever stands there: 0 * NaN would
@@ -54,9 +55,10 @@ def _shape(
     p: torch.Tensor | None,
     q: torch.Tensor | None,
     member: torch.Tensor | None,
+    exact: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    del labels, scale, softcap, backend
+    del labels, scale, softcap, exact, backend
     dtype = checks.accumulate_dtype(*(x for x in (h, weight, token_weight, r, p, q) if x is not None))
     directions = r.shape[0] if r is not None else 0 if member is None else member.shape[1]
     tokens, d = h.shape
@@ -66,7 +68,7 @@ def _shape(
 _head = library.define(
     OP,
     "(Tensor h, Tensor weight, Tensor labels, Tensor? token_weight, float scale, float? softcap, "
-    "Tensor? r, Tensor? p, Tensor? q, Tensor? member, str backend) -> (Tensor, Tensor, Tensor)",
+    "Tensor? r, Tensor? p, Tensor? q, Tensor? member, bool exact, str backend) -> (Tensor, Tensor, Tensor)",
     _run,
     _shape,
 )
@@ -98,6 +100,7 @@ def linear_cross_entropy(
     p: torch.Tensor | None = None,
     q: torch.Tensor | None = None,
     ranks: Sequence[int] | None = None,
+    exact: bool = True,
     backend: str = "auto",
 ) -> HeadLoss:
     """Loss, its gradient at the hidden state and the head's ghost dot, in blocks of the vocabulary.
@@ -109,6 +112,16 @@ def linear_cross_entropy(
 
     The logits [tokens, vocabulary] and their gradient exist a block at a time. For a label that the model is sure of,
     softmax - 1 would cancel: it is taken as minus the sum of the others, so that a small gradient keeps its digits.
+
+    With `exact=False` and a 16-bit h and weight, a backend may round g[t, v] to bfloat16 on its way into dh and dot, as
+    PyTorch's own backward pass does. Rounding to the nearest moves a term by 2^-8 = eps(bfloat16) / 2 of its size at
+    most, and a backend may round a term twice; sums stay in float32. So beside what `exact=True` allows,
+
+        |error of dh[t]| <= eps(bfloat16) sum_v |g[t, v]| |W[v]|
+        |error of dot[t, k]| <= eps(bfloat16) sum_v |g[t, v]| (|r_k[v]| . |h[t]|),    eps(bfloat16) = 2^-7
+
+    This holds term by term, so the small gradient of a sure model keeps its relative accuracy: bfloat16 has float32's
+    range, and the label's g comes from the float32 sum of the others. The loss stays exact.
 
     Args:
         h: Float[Tensor, "tokens d"], hidden states entering the head; positions without a loss are best left out.
@@ -122,6 +135,7 @@ def linear_cross_entropy(
         p: Float[Tensor, "vocabulary ranks"], output sides of low-rank directions side by side; not with `r`.
         q: Float[Tensor, "d ranks"], their input sides.
         ranks: columns of each low-rank direction, summing to p.shape[1]; None: all columns are one direction.
+        exact: False lets 16-bit inputs be multiplied as a 16-bit model's own layers are; float32 inputs stay exact.
         backend: "auto" or a backend's name.
 
     Returns:
@@ -156,7 +170,7 @@ def linear_cross_entropy(
     if softcap is not None and not 0 < softcap <= LARGEST:
         raise InputError(f"{OP}: softcap must be positive and finite in float32, or None, got {softcap}")
     member = _check_directions(h, weight, r, p, q, ranks)
-    loss, dh, dot = _head(h, weight, labels, token_weight, scale, softcap, r, p, q, member, backend)
+    loss, dh, dot = _head(h, weight, labels, token_weight, scale, softcap, r, p, q, member, exact, backend)
     return HeadLoss(loss, dh, None if r is None and p is None else dot)
 
 

@@ -85,6 +85,7 @@ def linear_cross_entropy(
     p: torch.Tensor | None,
     q: torch.Tensor | None,
     member: torch.Tensor | None,
+    exact: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Losses, dh and the head's position terms; the formulas are in api.py.
 
@@ -99,6 +100,7 @@ def linear_cross_entropy(
         p: Float[Tensor, "vocabulary ranks"] or None.
         q: Float[Tensor, "d ranks"] or None.
         member: Float[Tensor, "ranks directions"], 1 where column j belongs to direction k, else 0; or None.
+        exact: whether P keeps its float32 digits in the products with W and p.
 
     Returns:
         Float32[Tensor, "tokens"], Float32[Tensor, "tokens d"], and Float32[Tensor, "tokens directions"] or None.
@@ -131,6 +133,7 @@ def linear_cross_entropy(
         dh.data_ptr(),
         0 if pulled is None else pulled.data_ptr(),
         0 if dot is None else dot.data_ptr(),
+        exact,
         torch.get_num_threads(),
         UPTO,
     )

@@ -136,7 +136,7 @@ def others_kernel(
 
 
 # Maths    g[t, v] = w[t] dz'/dy (exp(z'[t, v] - total[t]), or -rest[t] for the label),   rest: all others' share
-# Traffic  weight and h as above for this part of the vocabulary; g: 4 B written per token and word
+# Traffic  weight and h as above for this part of the vocabulary; g: 4 B written per token and word, 2 B rounded
 @jit(fixed=("tokens",))
 def gradient_kernel(
     h,
@@ -179,7 +179,8 @@ def gradient_kernel(
     b_log = tl.where(m_own | ~m_v[None, :], 0.0, b_z - b_total[:, None])
     b_g = tl.where(m_own, -b_rest[:, None], tl.exp(b_log))
     b_g *= b_slope * b_share[:, None]
-    tl.store(g + o_t[:, None] * stride_g_t + (o_v - first)[None, :], b_g, mask=m_t[:, None] & m_v[None, :])
+    g_p = g + o_t[:, None] * stride_g_t + (o_v - first)[None, :]
+    tl.store(g_p, b_g.to(g.dtype.element_ty), mask=m_t[:, None] & m_v[None, :])
 
 
 # Maths    dh[t, i] += sum_{v in part} g[t, v] W[v, i]                   one program = BLOCK_T tokens, BLOCK_C columns
@@ -227,6 +228,7 @@ def linear_cross_entropy(
     p: torch.Tensor | None,
     q: torch.Tensor | None,
     member: torch.Tensor | None,
+    exact: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Losses, dh and the head's position terms; the formulas are in api.py.
 
@@ -241,6 +243,7 @@ def linear_cross_entropy(
         p: Float[Tensor, "vocabulary ranks"] or None.
         q: Float[Tensor, "d ranks"] or None.
         member: Float[Tensor, "ranks directions"], 1 where column j belongs to direction k, else 0; or None.
+        exact: whether g keeps its float32 digits in the workspace.
 
     Returns:
         Float32[Tensor, "tokens"], Float32[Tensor, "tokens d"], and Float32[Tensor, "tokens directions"] or None.
@@ -263,12 +266,15 @@ def linear_cross_entropy(
     )  # fmt: skip
     others = part.logsumexp(0)
     loss = torch.nn.functional.softplus(others - own, threshold=40.0).masked_fill(~live, 0)
-    total = own + loss
+    # without a label, no probability: exp(-inf)
+    total = (own + loss).masked_fill(~live, torch.inf)
     rest = (others - total).exp()
     share = live.float() if token_weight is None else torch.where(live, token_weight.float(), 0.0).contiguous()
 
     width = part_of(tokens, vocabulary)
-    g = torch.empty(tokens, width, device=h.device, dtype=torch.float32)
+    # bfloat16 for float16 inputs too: float16 would flush probabilities below 6e-8
+    rounded = not exact and h.dtype.itemsize == weight.dtype.itemsize == 2
+    g = torch.empty(tokens, width, device=h.device, dtype=torch.bfloat16 if rounded else torch.float32)
     dh = torch.empty(tokens, depth, device=h.device, dtype=torch.float32)
     dot = None if r is None else torch.zeros(tokens, r.shape[0], device=h.device, dtype=torch.float32)
     pulled = None if p is None else torch.zeros(tokens, p.shape[1], device=h.device, dtype=torch.float32)

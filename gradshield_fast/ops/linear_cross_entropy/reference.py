@@ -30,6 +30,7 @@ def linear_cross_entropy(
     p: torch.Tensor | None,
     q: torch.Tensor | None,
     member: torch.Tensor | None,
+    exact: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Losses, dh and the head's position terms; the formulas are in api.py.
 
@@ -44,10 +45,12 @@ def linear_cross_entropy(
         p: Float[Tensor, "vocabulary ranks"] or None.
         q: Float[Tensor, "d ranks"] or None.
         member: Float[Tensor, "ranks directions"], 1 where column j belongs to direction k, else 0; or None.
+        exact: no matter here: the truth that the others are held against is the same either way.
 
     Returns:
         Float[Tensor, "tokens"], Float[Tensor, "tokens d"], and Float[Tensor, "tokens directions"] or None.
     """
+    del exact
     given = [x for x in (h, weight, token_weight, r, p, q) if x is not None]
     dtype = accumulate_dtype(*given)
     h = h.to(dtype)

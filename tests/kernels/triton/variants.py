@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 from gradshield_fast.ops.embedding_dot import kernel_triton as embedding
@@ -151,15 +152,21 @@ def _head() -> list[Variant]:
                 "softcap": "fp32",
             }
             out.append(Variant(head.others_kernel, case, logits, types, ones, constants, matrix))
-            vectors = {"total": F32, "rest": F32, "share": F32, "g": F32}
-            out.append(Variant(head.gradient_kernel, case, logits, {**types, **vectors}, ones, constants, matrix))
-        types = {"g": F32, "weight": weight, "dh": F32}
+            vectors = {"total": F32, "rest": F32, "share": F32}
+            for g in _workspaces(h, weight):
+                gradient = {**types, **vectors, "g": g}
+                rounded = f"{case}, rounded" if g is BF16 else case
+                out.append(Variant(head.gradient_kernel, rounded, logits, gradient, ones, constants, matrix))
         matrix = "" if pull is head.PULL_WIDE else "best"
-        for add in (False, True):
-            out.append(
-                Variant(head.pull_kernel, f"{name}{', add' * add}", pull, types, ("stride_w_i",), {"ADD": add}, matrix)
-            )
+        for add, g in product((False, True), _workspaces(h, weight)):
+            case = f"{name}{', rounded' * (g is BF16)}{', add' * add}"
+            types = {"g": g, "weight": weight, "dh": F32}
+            out.append(Variant(head.pull_kernel, case, pull, types, ("stride_w_i",), {"ADD": add}, matrix))
     return out
+
+
+def _workspaces(h: str, weight: str) -> tuple[str, ...]:
+    return (F32,) if F32 in (h, weight) else (F32, BF16)
 
 
 VARIANTS: list[Variant] = [*_lowrank(), *_ghost_dot(), *_rows(), *_norm(), *_project(), *_head()]

@@ -1,0 +1,62 @@
+"""Faster ways to run a model, each kept only if it gives autograd's answer on the trial rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from gradshield_fast import attention
+from gradshield_fast.calibrate import Calibration
+from gradshield_fast.head_loss import find_head
+from gradshield_fast.losses import Call
+from gradshield_fast.plan import Plan
+
+
+def faster_call(model: torch.nn.Module, plan: Plan, calibration: Calibration) -> tuple[Call, dict[str, str]]:
+    """Find the fastest way to call a model that scores right.
+
+    Args:
+        model: the model, frozen and in evaluation mode.
+        plan: its settled plan, which is changed where the head is fused.
+        calibration: the trial that settled it.
+
+    Returns:
+        The call, and for "head", "attention" and "packing" what was taken, with the reason where it is the plain way.
+    """
+    ways: dict[str, str] = {}
+    if plan.context.dtype == torch.float64:
+        # float64 is for checking: many models round to float32 inside, and only the same operations round the same
+        why = "a float64 model is run as autograd runs it"
+        return calibration.call, {"head": f"own logits: {why}", "attention": f"own: {why}", "packing": f"padded: {why}"}
+    call, reason = _with_head(model, plan, calibration)
+    ways["head"] = "fused" if reason is None else f"own logits: {reason}"
+    call, reason = _with_attention(model, calibration, call)
+    ways["attention"] = "by rows" if reason is None else f"own: {reason}"
+    reason = "the attention is the model's own" if reason is not None else None
+    reason = reason or plan.needs_rows
+    if reason is None:
+        reason = calibration.why_not(replace(call, packed=True))
+    ways["packing"] = "packed" if reason is None else f"padded: {reason}"
+    return replace(call, packed=reason is None), ways
+
+
+def _with_head(model: torch.nn.Module, plan: Plan, calibration: Calibration) -> tuple[Call, str | None]:
+    head = find_head(model, plan.context.backend)
+    reason = head if isinstance(head, str) else plan.fuse_head(head.name)
+    if reason is None and not isinstance(head, str):
+        call = replace(calibration.call, head=head)
+        reason = calibration.why_not(call)
+        if reason is None:
+            return call, None
+        plan.unfuse_head()
+    return calibration.call, reason
+
+
+def _with_attention(model: torch.nn.Module, calibration: Calibration, call: Call) -> tuple[Call, str | None]:
+    reason = attention.why_not(model)
+    if reason is None:
+        faster = replace(call, attention=True)
+        reason = calibration.why_not(faster)
+        call = faster if reason is None else call
+    return call, reason
