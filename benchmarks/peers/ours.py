@@ -18,6 +18,7 @@ class Rank16:
     covers = "all"
     batch_tokens = (1024, 2048, 4096)
     rank: int | None = 16
+    compiled = False
 
     def __init__(self, model: Any, direction: Direction) -> None:
         """Open the scorer, which is calibrated at its first batch.
@@ -29,7 +30,13 @@ class Rank16:
         if self.covers == "linear":
             direction = restricted(direction, linear_weights(model))
         chosen = direction if self.rank is None else direction.low_rank(rank=self.rank)
-        self.scorer = Scorer(model, chosen).__enter__()
+        options: dict[str, Any] = {"compile": True} if self.compiled else {}
+        self.scorer = Scorer(model, chosen, **options).__enter__()
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What ran: the way the model was called, and the backend of each op."""
+        return {"ways": self.scorer.ways, "backends": self.scorer.backends}
 
     def prepare(self, batches: list[Batch]) -> list[Batch]:
         """Take batches as they are.
@@ -53,6 +60,13 @@ class Rank16:
         """
         scores: list[torch.Tensor] = [self.scorer.score(padded(batch)).dot[:, 0].cpu() for batch in prepared]
         return by_position(prepared, scores)
+
+
+class Rank16Compiled(Rank16):
+    """The same with the model's layers through torch.compile; compiling is part of the warm-up, once a corpus."""
+
+    batch_tokens = (2048,)
+    compiled = True
 
 
 class Dense(Rank16):

@@ -43,6 +43,7 @@ PEERS = {
     "kronfluence_rank16": "benchmarks.peers.with_kronfluence:Rank16",
     "dattri": "benchmarks.peers.with_dattri:Exact",
     "ours_rank16": "benchmarks.peers.ours:Rank16",
+    "ours_rank16_compiled": "benchmarks.peers.ours:Rank16Compiled",
     "ours_dense": "benchmarks.peers.ours:Dense",
     "ours_rank16_linear": "benchmarks.peers.ours:Rank16Linear",
     "ours_dense_linear": "benchmarks.peers.ours:DenseLinear",

@@ -69,6 +69,8 @@ def results(
             "batch_tokens": rounds[0]["batch_tokens"],
             "tried": state["tried"][name],
             "seconds": seconds,
+            "cpu_seconds": [one.get("cpu_seconds") for one in rounds],
+            "notes": rounds[-1].get("notes", {}),
             "tokens_per_s": {"best": tokens / min(seconds), "median": tokens / statistics.median(seconds)},
             "times_as_fast": [a / b for a, b in zip(slow, seconds, strict=False)],
             "peak_mib": _largest(rounds, "peak_mib"),

@@ -86,19 +86,21 @@ class Worker:
             out: where the scores go.
 
         Returns:
-            Seconds, and memory in MiB.
+            Seconds, of the clock and of the CPU (much less than threads * seconds: others were running), memory in
+            MiB, and what the peer says of itself.
         """
         batches: list[Batch] = batches_of(pick(self.rows, first), batch_tokens)
         smallest = min(batches, key=lambda batch: batch.input_ids.size)
         self.peer.score(self.peer.prepare([smallest]))
         prepared = self.peer.prepare(batches)
         with PeakMemory() as memory:
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             scores = self.peer.score(prepared)
             synchronize()
-            seconds = time.perf_counter() - start
+            seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
         Path(out).write_text(json.dumps([scores[n] for n in sorted(scores)]))
-        return {"seconds": seconds, "peak_mib": memory.peak, "extra_mib": memory.extra}
+        found = {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mib": memory.peak, "extra_mib": memory.extra}
+        return {**found, "notes": getattr(self.peer, "notes", {})}
 
 
 def main() -> None:
