@@ -85,6 +85,8 @@ def filter_corpus(
     loss_reduction: o.LossReduction = "mean",
     backend: o.OpBackend = "auto",
     verify: o.Verify = False,
+    compile: o.Compile = False,
+    checkpoint: o.Checkpoint = False,
     alpha: o.Alpha = None,
     threshold: o.Threshold = None,
     seed: o.Seed = 0,
@@ -109,6 +111,8 @@ def filter_corpus(
             loss_reduction,
             backend,
             verify,
+            compile,
+            checkpoint,
         ),
         cut=CutOptions(alpha, threshold, seed, direction_index),
     )
@@ -139,6 +143,8 @@ def score_corpus(
     loss_reduction: o.LossReduction = "mean",
     backend: o.OpBackend = "auto",
     verify: o.Verify = False,
+    compile: o.Compile = False,
+    checkpoint: o.Checkpoint = False,
     dry_run: o.DryRun = False,
 ) -> int:
     """Score a corpus against saved directions; `threshold` then draws the line."""
@@ -159,6 +165,8 @@ def score_corpus(
             loss_reduction,
             backend,
             verify,
+            compile,
+            checkpoint,
         ),
         cut=None,
     )

@@ -93,6 +93,12 @@ LossReduction = Annotated[
 ]
 OpBackend = Annotated[str, _option("--backend", help="auto, reference, triton or native.", panel=_ROWS)]
 Verify = Annotated[bool, _option("--verify", help="Hold one row against autograd before scoring.", panel=_ROWS)]
+Compile = Annotated[
+    bool, _option("--compile", help="Compile the model's layers: faster after a minute at the start.", panel=_ROWS)
+]
+Checkpoint = Annotated[
+    bool, _option("--checkpoint", help="Less memory for one more forward pass a batch.", panel=_ROWS)
+]
 DryRun = Annotated[
     bool, _option("--dry-run", help="Read and encode all rows; load no weights, write nothing.", panel=_ROWS)
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,29 +21,13 @@ from gradshield_fast.errors import InputError, ScoringError
 from gradshield_fast.layers import MatrixRule, ScaleRule
 from gradshield_fast.layout import Layout
 from gradshield_fast.plan import Plan
+from gradshield_fast.repeated import reclassed, repeated_layers, with_forward
 from gradshield_fast.tally import Tally
-from gradshield_fast.taps import Carrier, reclassed, tapped
+from gradshield_fast.universal import CHAIN
+from gradshield_fast.taps import Carrier, tapped
 
 SHAPES = 64
 """Versions of one layer's code that may exist: kinds of layers, rows of one, and flags; beyond it torch gives up."""
-
-
-def repeated_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Find the model's repeated layers: the list of modules of one class that holds most of its weights.
-
-    Args:
-        model: the model.
-
-    Returns:
-        Name -> layer; empty where there is no such list.
-    """
-    best, most = {}, 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(layer) for layer in module}) == 1:
-            size = sum(weight.numel() for weight in module.parameters())
-            if size > most:
-                best, most = {f"{name}.{i}": layer for i, layer in enumerate(module)}, size
-    return best
 
 
 class CompiledLayers:
@@ -68,6 +52,14 @@ class CompiledLayers:
         self.layers = repeated_layers(model)
         if not self.layers:
             raise InputError("compile: the model has no list of repeated layers of one class; score without compile")
+        around = [
+            key for keys in plan.sites_of.values() for key in keys if key[1] in CHAIN and _holds(key[0], self.layers)
+        ]
+        if around:
+            raise InputError(
+                f"compile: weights {', '.join(plan.weights_at(around[0])[:3])} need the universal rule at "
+                f"'{around[0][0] or 'the model'}', which holds the layers; score without compile, or leave them out"
+            )
         prefixes = tuple(f"{name}." for name in self.layers)
         inside = [site for site in plan.sites() if site.name in self.layers or site.name.startswith(prefixes)]
         for site in inside:
@@ -166,6 +158,10 @@ def _weights_of(plan: Plan, module: str) -> list[str]:
     return [weight for weight, keys in plan.sites_of.items() if any(name == module for name, _ in keys)]
 
 
+def _holds(module: str, layers: Iterable[str]) -> bool:
+    return any(not module or layer.startswith(f"{module}.") for layer in layers)
+
+
 def _cache() -> Path:
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "gradshield_fast" / "inductor"
@@ -177,6 +173,5 @@ _KINDS: dict[type, type] = {}
 def _compiled_kind(kind: Any) -> type:
     """The class whose forward is compiled; made once, so that another scorer on the same kind finds it compiled."""
     if kind not in _KINDS:
-        forward = torch.compile(kind.forward, dynamic=True)
-        _KINDS[kind] = type(kind.__name__, (kind,), {"forward": forward})
+        _KINDS[kind] = with_forward(kind, torch.compile(kind.forward, dynamic=True))
     return _KINDS[kind]

@@ -172,6 +172,7 @@ class _HeadLoss(torch.autograd.Function):
             share,
             scale=head.scale,
             softcap=head.softcap,
+            exact=False,  # dL/dh is rounded to the model's own type right after
             backend=head.backend,
             **given,
         )

@@ -48,8 +48,9 @@ def pack(
     window: int = 2048,
     pad_id: int = 0,
     max_rows: int | None = None,
+    padded: bool = True,
 ) -> Iterator[Batch]:
-    """Group rows into batches of at most `batch_tokens` tokens, padding included.
+    """Group rows into batches of at most `batch_tokens` tokens, padding included where the model is given any.
 
     Rows are sorted by length inside a window and batched from the longest, so a batch that does not fit into memory
     is met early. `Batch.positions` restores the order. The same items give the same batches. A batch of a quarter of
@@ -62,6 +63,8 @@ def pack(
         window: rows that are held and sorted together.
         pad_id: token id of the padding.
         max_rows: bound on the rows of a batch, or None.
+        padded: the model is given the padding; False: it takes rows packed in a line, so that padding costs nothing
+            and only a row's own tokens count.
 
     Yields:
         Batches that hold every item once.
@@ -81,19 +84,26 @@ def pack(
             )
         held.append((position, row))
         if len(held) == window:
-            yield from _sorted_batches(held, batch_tokens, pad_id, max_rows)
+            yield from _sorted_batches(held, batch_tokens, pad_id, max_rows, padded)
             held = []
-    yield from _sorted_batches(held, batch_tokens, pad_id, max_rows)
+    yield from _sorted_batches(held, batch_tokens, pad_id, max_rows, padded)
 
 
-def _sorted_batches(held: list[_Item], batch_tokens: int, pad_id: int, max_rows: int | None) -> Iterator[Batch]:
+def _sorted_batches(
+    held: list[_Item], batch_tokens: int, pad_id: int, max_rows: int | None, padded: bool
+) -> Iterator[Batch]:
     held.sort(key=lambda item: -len(item[1].input_ids))
     lengths = [len(row.input_ids) for _, row in held]
     first = 0
     while first < len(held):
-        rows = max(1, batch_tokens // lengths[first])
-        rows = rows if max_rows is None else min(rows, max_rows)
-        last = first + _rows_that_fit(lengths[first : first + rows], batch_tokens)
+        most = len(lengths) if max_rows is None else max_rows
+        if padded:
+            rows = max(1, batch_tokens // lengths[first])
+            rows = _rows_that_fit(lengths[first : first + min(rows, most)], batch_tokens)
+        else:
+            total = np.cumsum(lengths[first : first + most])
+            rows = max(1, int(np.searchsorted(total, batch_tokens, side="right")))
+        last = first + rows
         yield _batch(held[first:last], pad_id)
         first = last
 

@@ -24,6 +24,7 @@ from gradshield_fast.ops import dispatch
 from gradshield_fast.ops.checks import accumulate_dtype
 from gradshield_fast.oracle import autograd_truth
 from gradshield_fast.plan import Plan, all_of
+from gradshield_fast.repeated import checkpointed
 from gradshield_fast.step import run_step
 from gradshield_fast.tally import Tally
 from gradshield_fast.universal import MethodFailed
@@ -84,6 +85,7 @@ class Scorer:
         verify: bool = False,
         *,
         compile: bool = False,
+        checkpoint: bool = False,
     ) -> None:
         """Check the options and that the direction fits the model.
 
@@ -98,6 +100,8 @@ class Scorer:
             verify: hold one row of the first batch against autograd, at full length and to the promised bound.
             compile: run the model's repeated layers through torch.compile, which takes some seconds at the first batch
                 and pays off over many rows; see `ways` for how many seconds it took.
+            checkpoint: keep a repeated layer's input alone, and run its forward pass again in the backward pass: less
+                memory for one more forward pass.
 
         Raises:
             InputError: an option is wrong, or the direction does not fit the model.
@@ -120,7 +124,7 @@ class Scorer:
         self._check_backend()
         context = Context(direction.count, self._dtype, norms, backend)
         self._plan = Plan(model, direction, context)
-        self.compile = compile
+        self.compile, self.checkpoint = compile, checkpoint
         self._head: HeadRule | None = None
         self._compiled: CompiledLayers | None = None
         self._ways: dict[str, str] = {}
@@ -196,6 +200,21 @@ class Scorer:
             if scope is not None:
                 scope.close()
 
+    def settle(self, batch: Mapping[str, Any]) -> None:
+        """Find out how this model is to be scored, as the first `score` does, without scoring: see `ways`.
+
+        Args:
+            batch: as for `score`; its tokens are what the trial rows are drawn from. Once settled, nothing is done.
+
+        Raises:
+            InputError: the batch is malformed.
+            ScoringError: called outside the `with` block, or a weight would be scored wrongly.
+        """
+        if self._scope is None:
+            raise ScoringError("Scorer.settle must be called inside `with Scorer(...) as scorer:`")
+        if self._hooks is None:
+            self._settle(padded_batch(batch, self._device, self._vocabulary))
+
     def score(self, batch: Mapping[str, Any]) -> Scores:
         """Score one padded batch.
 
@@ -241,8 +260,10 @@ class Scorer:
         self._capture = self._hooks.enter_context(capture(self.model, sites))
         if self._compiled is not None:
             self._hooks.enter_context(self._compiled.scope())
-            if calibration is not None:
-                self._check_compiled(calibration, self._compiled, self._capture)
+        if self.checkpoint:
+            self._hooks.enter_context(checkpointed(self.model))
+        if self._compiled is not None and calibration is not None:
+            self._check_compiled(calibration, self._compiled, self._capture)
 
     def _check_compiled(self, calibration: Calibration, compiled: CompiledLayers, hooks: Capture) -> None:
         reason = calibration.why_not_compiled(self._call, hooks, compiled)

@@ -10,7 +10,7 @@ Only rules that go by positions can be tapped: linear layers, norm weights and b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from torch import nn
 from gradshield_fast.capture import Site
 from gradshield_fast.layers import MatrixRule, Rule, ScaleRule
 from gradshield_fast.ops import ghost_norm_sq
+from gradshield_fast.repeated import reclassed, with_forward
 
 
 @dataclass(eq=False)
@@ -82,15 +83,17 @@ class _ScaleTap(torch.autograd.Function):
         member: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x_hat, r, member)
-        ctx.norms = squares is not None
+        ctx.norms, ctx.tokens = squares is not None, terms.shape[0]
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_hat, r, member = ctx.saved_tensors
-        v = g.reshape(-1, g.shape[-1]).to(r.dtype)
+        v = g.to(r.dtype)
         if x_hat is not None:
-            v = v * x_hat.reshape(v.shape).to(r.dtype)
+            v = v * x_hat.to(r.dtype)
+        # a norm of each head has several positions a token
+        v = v.reshape(ctx.tokens, -1, g.shape[-1]).sum(1)
         u = torch.stack([(v * r[k]).sum(-1) for k in range(r.shape[0])], -1)
         square = (member @ v).square().sum(-1) if ctx.norms else None
         return g, u, square, None, None, None
@@ -145,32 +148,8 @@ def _tapped_kind(kind: type) -> type:
             y = kind.forward(self, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
             return self._gradshield_tap.apply(self, args[0] if args else next(iter(kwargs.values())), y)
 
-        _KINDS[kind] = type(kind.__name__, (kind,), {"forward": forward})
+        _KINDS[kind] = with_forward(kind, forward)
     return _KINDS[kind]
-
-
-@contextmanager
-def reclassed(kinds: Mapping[nn.Module, type], extra: Mapping[nn.Module, Mapping[str, Any]]) -> Iterator[None]:
-    """Give modules another class for a scope.
-
-    Args:
-        kinds: module -> its class in the scope, a subclass of its own.
-        extra: module -> attributes that it has in the scope.
-
-    Yields:
-        Nothing.
-    """
-    before = {module: type(module) for module in kinds}
-    try:
-        for module, kind in kinds.items():
-            module.__dict__.update(extra.get(module, {}))
-            module.__class__ = kind
-        yield
-    finally:
-        for module, kind in before.items():
-            module.__class__ = kind
-            for name in extra.get(module, {}):
-                module.__dict__.pop(name, None)
 
 
 @contextmanager

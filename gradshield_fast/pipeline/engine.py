@@ -78,7 +78,10 @@ class Engine:
                 items.append((row.index, encoded))
         if seen < count:
             raise InputError(f"the corpus has changed: row {first + seen} was there when it was counted, and is gone")
-        for batch in pack(items, batch_tokens=self._options.batch_tokens, window=max(1, count)):
+        if items:
+            self._scorer.settle(_given(next(pack(items[:1], batch_tokens=self._options.batch_tokens))))
+        padded = self._scorer.ways.get("packing") != "packed"
+        for batch in pack(items, batch_tokens=self._options.batch_tokens, window=max(1, count), padded=padded):
             self._score_batch(batch, part)
         return part
 
@@ -88,9 +91,7 @@ class Engine:
         while pending:
             batch = pending.pop()
             try:
-                scores = self._scorer.score(
-                    {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
-                )
+                scores = self._scorer.score(_given(batch))
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -178,6 +179,10 @@ def cosine(dot: np.ndarray, norm: np.ndarray, direction_norm: np.ndarray) -> np.
     """
     product = norm[:, None] * direction_norm
     return np.divide(dot, product, out=np.where(product == 0, 0.0, np.nan), where=product != 0)
+
+
+def _given(batch: Batch) -> dict[str, np.ndarray]:
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
 
 
 def _halves(batch: Batch) -> list[Batch]:

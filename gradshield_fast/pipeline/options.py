@@ -100,6 +100,8 @@ class ScoringOptions:
         loss_reduction: "mean" over a row's response tokens, or "sum".
         backend: backend of the ops.
         verify: hold one row against autograd before anything is scored.
+        compile: run the model's repeated layers through torch.compile.
+        checkpoint: run each repeated layer's forward pass again in the backward pass, for less memory.
     """
 
     max_length: int | None = None
@@ -111,6 +113,8 @@ class ScoringOptions:
     loss_reduction: str = "mean"
     backend: str = "auto"
     verify: bool = False
+    compile: bool = False
+    checkpoint: bool = False
 
     def __post_init__(self) -> None:
         if self.normalize not in NORMALIZATIONS:

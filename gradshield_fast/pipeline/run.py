@@ -189,7 +189,14 @@ def _score(folder: RunFolder, manifest: dict[str, Any], options: RunOptions, rep
     begun = time.perf_counter()
     with _recorded(folder, manifest, session):
         with Scorer(
-            model, direction, scoring.backend, scoring.loss_reduction, norms=scoring.needs_norms, verify=scoring.verify
+            model,
+            direction,
+            scoring.backend,
+            scoring.loss_reduction,
+            norms=scoring.needs_norms,
+            verify=scoring.verify,
+            compile=scoring.compile,
+            checkpoint=scoring.checkpoint,
         ) as scorer:
             done = manifest["rows"] - sum(_rows_of(manifest, n) for n in missing)
             reporter.stage("scoring", manifest["rows"], done=done)
@@ -203,7 +210,7 @@ def _score(folder: RunFolder, manifest: dict[str, Any], options: RunOptions, rep
                     session.tokens += int(part.tokens[part.scored].sum())
                     session.halved_batches = engine.halved
                     session.seconds = time.perf_counter() - begun
-            manifest["scorer"] = {"backends": scorer.backends, "methods": _methods(scorer)}
+            manifest["scorer"] = {"backends": scorer.backends, "ways": scorer.ways, "methods": _methods(scorer)}
         manifest["state"] = "scored"
 
 
