@@ -126,7 +126,7 @@ def measure(model: Any, direction: Direction, batches: list[Batch], options: arg
                 seconds[SCORING].append(took)
             if options.profile and number == options.rounds:
                 profile(lambda scorer=scorer: [scorer.score(padded(batch)) for batch in batches])
-            ran = dict(scorer.backends)
+            ran, ways = dict(scorer.backends), dict(scorer.ways)
         for name, call in calls.items():
             if name in errors:
                 continue
@@ -141,6 +141,7 @@ def measure(model: Any, direction: Direction, batches: list[Batch], options: arg
         "seconds": {name: values for name, values in seconds.items() if values},
         "errors": errors,
         "backends": ran,
+        "ways": ways,
         "extra_mib": memory.extra,
         "peak_mib": memory.peak,
     }
@@ -232,6 +233,7 @@ def main() -> None:
         print(f"forward, {name}: {rate:.0f} tokens/s")
     for name, error in found["errors"].items():
         print(f"{name} cannot run: {error}")
+    print("scored by: " + "; ".join(f"{key} {value}" for key, value in found["ways"].items()))
     floored, over = result["share_of_floor"], result["over_best_forward"]
     print(f"share of the floor       {floored['median']:8.1%}  ({floored['best']:.1%})")
     print(f"over the best forward    {over['median']:8.2f}  ({over['best']:.2f}), which is: {result['best_forward']}")
