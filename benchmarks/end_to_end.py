@@ -203,6 +203,7 @@ def parse() -> tuple[argparse.Namespace, Path]:
     switch = argparse.BooleanOptionalAction
     parser.add_argument("--rank", type=int, default=16, help="rank of the direction; 0: dense")
     parser.add_argument("--directions", type=int, default=1, help="directions scored in one pass")
+    parser.add_argument("--direction", type=Path, default=None, help="a saved dense one, instead of one from probes")
     parser.add_argument("--norms", action=switch, default=False, help="also each row's gradient norm")
     parser.add_argument("--compile", action=switch, default=False, help="Scorer's option, where it has it")
     parser.add_argument("--checkpoint", action=switch, default=False, help="Scorer's option, where it has it")
@@ -222,7 +223,12 @@ def main() -> None:
     model, tokenizer = open_model(options.model, options.dtype, options.threads)
     rows = read_rows(data, tokenizer, options.rows, options.max_length)
     tokens, response = tokens_of(rows)
-    direction = stacked(probe_direction(model, tokenizer, options.probes), options.directions, options.rank)
+    if options.direction is None:
+        dense = probe_direction(model, tokenizer, options.probes)
+    else:
+        dense = Direction.load(options.direction)
+        dense.meta.pop("model", None)  # only its shapes matter here, and it may be of the model in another type
+    direction = stacked(dense, options.directions, options.rank)
     batches = batches_of(rows, options.batch_tokens)
     found = measure(model, direction, batches, options)
     result = summary(found, len(rows), tokens, response, floor.operations(model, tokens, response))

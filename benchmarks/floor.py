@@ -84,10 +84,10 @@ def seconds(model: Any, batches: Sequence[Batch]) -> float:
     for batch in batches:
         n, response = counts(batch)
         for weight in blocks:
-            inputs[weight.shape[1]][:n] @ weight.T
-        inputs[head.shape[1]][:response] @ head.T
-        inputs[head.shape[0]][:response] @ head
+            torch.mm(inputs[weight.shape[1]][:n], weight.T)
+        torch.mm(inputs[head.shape[1]][:response], head.T)
+        torch.mm(inputs[head.shape[0]][:response], head)
         for weight in reversed(blocks):
-            inputs[weight.shape[0]][:n] @ weight
+            torch.mm(inputs[weight.shape[0]][:n], weight)
     synchronize()
     return time.perf_counter() - start

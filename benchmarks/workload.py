@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gradshield_fast import Direction, SafetyProbes
+from gradshield_fast import Direction
 from gradshield_fast.chat import ChatEncoder, Encoded
 from gradshield_fast.errors import InputError
 from gradshield_fast.loading import load_model
@@ -142,6 +142,8 @@ def probe_direction(model: Any, tokenizer: Any, probes: int) -> Direction:
     Returns:
         The direction, over every weight.
     """
+    from gradshield_fast import SafetyProbes  # here, since a peer's process has no use for it
+
     return Direction.from_probes(model, tokenizer, SafetyProbes.default().subset(probes), score="refusal_margin")
 
 
