@@ -105,8 +105,8 @@ IN_TRITON = (
         "dot-strides",
         "the strides of r swapped",
         "ghost_dot",
-        "r + i_k * stride_r_k + o_o * stride_r_o, a + o_t * stride_a_t, m_o, m_t, 0, d_in, d_in,\n        stride_r_i,",
-        "r + i_k * stride_r_k + o_o * stride_r_i, a + o_t * stride_a_t, m_o, m_t, 0, d_in, d_in,\n        stride_r_o,",
+        "o_o * stride_r_o, a + o_t * stride_a_t, m_o, m_t, 0, d_in, d_in,\n            stride_r_i,",
+        "o_o * stride_r_i, a + o_t * stride_a_t, m_o, m_t, 0, d_in, d_in,\n            stride_r_o,",
         "test_ghost_dot",
     ),
     _triton(
@@ -178,9 +178,18 @@ IN_TRITON = (
         "head-parts",
         "a part of the vocabulary replaces those before it",
         "linear_cross_entropy",
-        "ADD=first > 0,",
+        "ADD=add,",
         "ADD=False,",
         "test_the_head_in_parts_is_the_head_in_one",
+    ),
+    Mutation(
+        "triton-described-rows",
+        "a described tile begins at the other matrix's row",
+        f"{ROOMS}/triton_tiles.py",
+        "y_d.load([row_y, i])",
+        "y_d.load([row_x, i])",
+        ("tests/kernels/triton/interpreted_tilings.py",),
+        interpreted=True,
     ),
 )
 
