@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -207,6 +208,7 @@ def parse() -> tuple[argparse.Namespace, Path]:
 def main() -> None:
     """Do what is left to do, then print and record."""
     options, data = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the peer that is running ends as well
     end = time.monotonic() + options.budget if options.budget else float("inf")
     prepare(options, data)
     if options.stop_after == "prepare":
