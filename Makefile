@@ -6,7 +6,7 @@ PEERS := .venv-peers
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
-INPUTS := pyproject.toml setup.py setup_native.py setup_head.py setup_cuda.py constraints.txt
+INPUTS := pyproject.toml setup.py setup_native.py setup_cuda.py constraints.txt
 DEMO_STAMP := $(VENV)/.installed-demo
 DEV_STAMP := $(VENV)/.installed-dev
 

@@ -16,7 +16,7 @@ from gradshield_fast.answers import AnswerEncoder
 from gradshield_fast.batches import padded_batch
 from gradshield_fast.errors import UnalignedModelError
 from gradshield_fast.packing import pack
-from gradshield_fast.response_logprob import answer_means
+from gradshield_fast.response_logprob import answer_means, token_logprobs
 from gradshield_fast.safety import SafetyReport, check_aligned, safety_gradient, safety_score
 from tests.toy_safety import PROBES, mean_logprob, state, toy_model
 
