@@ -2,7 +2,7 @@
 //
 // Traffic  x: one read where it lies (parts or copies of 32 rows stay in L1), and one from L1 or L2 for every further
 //          panel; B: 2 bytes an element and part for every 32 rows, from L2; out: one read and one write for every 768
-//          (bfloat16 in place), 512 (bfloat16 copied) or 192 (float32) of k
+//          (bfloat16 in place; 256 for more than 3 panels), 512 (bfloat16 copied) or 192 (float32) of k
 //
 // What can be flushed to zero is a product below 2^-126 of scaled factors (amx_left.h, amx_right.h): at most
 // depth 2^-166 max |B[:, c]| in a result, far below one rounding for any x that is not subnormal.
@@ -37,7 +37,9 @@ inline void product_tiles(const Matrix& x, const Packed& b, int64_t first, int64
                           int64_t panel_end, float* out, int64_t ld, float* scratch) {
   const bool in_place = Left::in_place(x);
   const int64_t depth = x.cols, steps = ceil_div(depth, kStep), size = size_of(x.dtype);
-  const int64_t stride = ceil_div(steps, ceil_div(steps, in_place ? Left::kSteps : Left::kCopiedSteps));
+  // many panels: few steps, so that rows in place stay in L1 from one panel to the next
+  const int64_t in_one = !in_place ? Left::kCopiedSteps : panel_end - panel > 3 ? least(8, Left::kSteps) : Left::kSteps;
+  const int64_t stride = ceil_div(steps, ceil_div(steps, in_one));  // blocks of equal length, at most that
   const int64_t row = in_place ? Left::kRow : Left::kCopiedRow;
   float* acc = scratch;                                         // [2][16][16]
   uint16_t* copy = reinterpret_cast<uint16_t*>(scratch + 512);  // kHalves
