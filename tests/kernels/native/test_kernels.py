@@ -122,9 +122,10 @@ def test_torch_still_multiplies_after_the_matrix_unit_was_used() -> None:
 @pytest.mark.parametrize("tokens", [1, 16, 31, 70, 130])
 @pytest.mark.parametrize(("width", "rank"), [(32, 16), (192, 3), (576, 48), (1568, 130)])
 def test_rows_that_lie_on_whole_lines(tokens: int, width: int, rank: int, isa: int) -> None:
-    # the matrix unit loads these from the caller's memory: what lies between and behind them must not be seen
+    # the matrix unit loads these from the caller's memory: what lies between and behind them must not be seen. Numbers
+    # lie there and not NaN, which would show in the results and send the rows to the float32 product.
     random = torch.Generator().manual_seed(0)
-    buffer = torch.full((tokens, width + 64), float("nan"), dtype=torch.bfloat16)
+    buffer = torch.full((tokens, width + 64), 7.0, dtype=torch.bfloat16)
     x = buffer[:, 32 : 32 + width]
     x.copy_(torch.randn(tokens, width, generator=random))
     factor, z = torch.randn(width, rank, generator=random), torch.randn(tokens, rank, generator=random)
