@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mutations_attention import IN_ATTENTION, TESTS
+
 
 @dataclass(frozen=True)
 class Mutation:
@@ -194,6 +196,7 @@ IN_TRITON = (
 )
 
 IN_CPP = (
+    *(_native(*mutation, TESTS) for mutation in IN_ATTENTION),
     _native(
         "row-lost",
         "the last row of a register block not stored",
