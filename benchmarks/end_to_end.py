@@ -30,6 +30,7 @@ from benchmarks.record import append, surroundings
 from benchmarks.workload import (
     PeakMemory,
     add_options,
+    as_taken,
     batches_of,
     data_folder,
     open_model,
@@ -111,8 +112,10 @@ def measure(model: Any, direction: Direction, batches: list[Batch], options: arg
     Returns:
         Seconds of each variant in each round, errors of those that cannot run, and scoring's memory.
     """
-    smallest = min(batches, key=lambda batch: batch.input_ids.size)
-    calls: dict[str, Callable[[], Any]] = {FLOOR: lambda: floor.seconds(model, batches)}
+    with Scorer(model, direction, **scorer_options(options)) as scorer:
+        taken = as_taken(scorer, batches)
+    smallest = min(taken, key=lambda batch: int(batch.attention_mask.sum()))
+    calls: dict[str, Callable[[], Any]] = {FLOOR: lambda: floor.seconds(model, taken)}
     calls |= forwards(model, batches, compiled=options.compiled_forward)
     errors: dict[str, str] = {}
     seconds: dict[str, list[float]] = {name: [] for name in (SCORING, *calls)}
@@ -121,11 +124,11 @@ def measure(model: Any, direction: Direction, batches: list[Batch], options: arg
         with Scorer(model, direction, **scorer_options(options)) as scorer:
             scorer.score(padded(smallest))  # calibration is once a corpus
             with memory:
-                took = timed(lambda scorer=scorer: [scorer.score(padded(batch)) for batch in batches])
+                took = timed(lambda scorer=scorer: [scorer.score(padded(batch)) for batch in taken])
             if number:
                 seconds[SCORING].append(took)
             if options.profile and number == options.rounds:
-                profile(lambda scorer=scorer: [scorer.score(padded(batch)) for batch in batches])
+                profile(lambda scorer=scorer: [scorer.score(padded(batch)) for batch in taken])
             ran, ways = dict(scorer.backends), dict(scorer.ways)
         for name, call in calls.items():
             if name in errors:

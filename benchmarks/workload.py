@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gradshield_fast import Direction
+from gradshield_fast import Direction, Scorer
 from gradshield_fast.chat import ChatEncoder, Encoded
 from gradshield_fast.errors import InputError
 from gradshield_fast.loading import load_model
@@ -100,6 +100,31 @@ def batches_of(rows: Iterable[Encoded], batch_tokens: int) -> list[Batch]:
         The batches.
     """
     return list(pack(enumerate(rows), batch_tokens=batch_tokens))
+
+
+def as_taken(scorer: Scorer, batches: Sequence[Batch]) -> list[Batch]:
+    """Pack rows anew for a scorer whose model takes them without padding, as the package's own pipeline does.
+
+    Args:
+        scorer: open.
+        batches: packed rows, whose largest array is the budget.
+
+    Returns:
+        Batches whose own tokens fill the budget; the same ones for a model that takes padding.
+    """
+    scorer.settle(padded(min(batches, key=lambda batch: batch.input_ids.size)))
+    if scorer.ways["packing"] != "packed":
+        return list(batches)
+    rows = []
+    for batch in batches:
+        lengths = batch.attention_mask.sum(1).tolist()
+        for position, length, ids, labels in zip(
+            batch.positions.tolist(), lengths, batch.input_ids.tolist(), batch.labels.tolist(), strict=True
+        ):
+            labels = labels[:length]
+            response = sum(label != IGNORE for label in labels)
+            rows.append((position, Encoded(ids[:length], labels, response, "ok", "")))
+    return list(pack(rows, batch_tokens=max(batch.input_ids.size for batch in batches), padded=False))
 
 
 def tokens_of(rows: Sequence[Encoded]) -> tuple[int, int]:

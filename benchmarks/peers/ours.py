@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.peers.peer import Scores, by_position
-from benchmarks.workload import linear_weights, padded, restricted
+from benchmarks.workload import as_taken, linear_weights, padded, restricted
 from gradshield_fast import Direction, Scorer
 from gradshield_fast.packing import Batch
 
@@ -39,15 +39,15 @@ class Rank16:
         return {"ways": self.scorer.ways, "backends": self.scorer.backends}
 
     def prepare(self, batches: list[Batch]) -> list[Batch]:
-        """Take batches as they are.
+        """Settle the scorer, and pack rows without padding where the model takes them so.
 
         Args:
             batches: packed rows.
 
         Returns:
-            The same.
+            The batches to score.
         """
-        return batches
+        return as_taken(self.scorer, batches)
 
     def score(self, prepared: list[Batch]) -> Scores:
         """Score batch by batch.
