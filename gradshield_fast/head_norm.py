@@ -94,9 +94,10 @@ class HeadNorm:
             ScoringError: the weight's other use is not a look-up of the model's own input.
         """
         kept = self.lookups
-        if kept is None or self.rows is None or ids.shape != kept.ids.shape or not bool((ids == kept.ids).all()):
+        same = kept is not None and ids.shape == kept.ids.shape and bool((ids == kept.ids.to(ids.device)).all())
+        if kept is None or self.rows is None or not same:
             raise ScoringError(f"norms: weight '{weight}' is used by the head and by more than the input's embedding")
-        return segment_sum((self.rows * g.to(self.rows.dtype)).sum(1), kept.bounds)
+        return segment_sum((self.rows * g.to(self.rows)).sum(1), kept.bounds)
 
 
 def head_norm(
