@@ -1,11 +1,11 @@
-"""Attention in C++ on the CPU's matrix units (csrc/varlen_attention), and torch's own packed attention on a GPU."""
+"""Attention in C++ on the CPU's matrix units (csrc/varlen_attention), and torch's own on a GPU and in other types."""
 
 from __future__ import annotations
 
 import torch
 
 from gradshield_fast.ops import native
-from gradshield_fast.ops.varlen_attention import kernel_cuda
+from gradshield_fast.ops.varlen_attention import kernel_cuda, kernel_rows
 
 MAX_D = 512
 """Largest head: what one block of queries and keys needs still lies in L2."""
@@ -24,6 +24,8 @@ def why_not(*inputs: torch.Tensor) -> str | None:
     """
     if any(x.device.type != "cpu" for x in inputs):
         return kernel_cuda.why_not(*inputs)
+    if _by_torch(*inputs):
+        return kernel_rows.why_not(*inputs)
     if native.extension is None:
         return native.missing
     if (reason := native.unsuited(*inputs)) is not None:
@@ -80,6 +82,8 @@ def forward(
     """
     if q.device.type != "cpu":
         return kernel_cuda.forward(q, k, v, cu_seqlens, scale, window, softcap)
+    if _by_torch(q):
+        return kernel_rows.forward(q, k, v, cu_seqlens, scale, window, softcap)
     q, k, v = map(_rows, (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
@@ -133,6 +137,8 @@ def backward(
     """
     if q.device.type != "cpu":
         return kernel_cuda.backward(dout, q, k, v, out, lse, cu_seqlens, scale, window, softcap)
+    if _by_torch(q):
+        return kernel_rows.backward(dout, q, k, v, out, lse, cu_seqlens, scale, window, softcap)
     q, k, v, out, dout = map(_rows, (q, k, v, out, dout))
     lse = lse.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
@@ -152,6 +158,11 @@ def backward(
         isa,
     )
     return dq, dk, dv
+
+
+def _by_torch(*inputs: torch.Tensor) -> bool:
+    """Whether torch's own attention takes these: types that the C++ kernels have no form for."""
+    return any(x.ndim == 3 and x.dtype in (torch.float32, torch.float16) for x in inputs)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
