@@ -170,7 +170,8 @@ def varlen_attention(
             f"heads of q, got {tuple(k.shape)} and {tuple(v.shape)}"
         )
     checks.need_cu_seqlens(OP, cu_seqlens)
-    if scale is not None and not math.isfinite(scale):
+    # not isfinite, at which torch.compile would break its graph
+    if scale is not None and not abs(scale) < math.inf:
         raise InputError(f"{OP}: scale must be finite, got {scale}")
     if window is not None and window < 1:
         raise InputError(f"{OP}: window must be at least 1 (a query sees itself), or None, got {window}")
