@@ -29,7 +29,7 @@ from gradshield_fast.ops.segments import segment_sum
 WORDS, FEWEST = 8192, 256
 """Rows of the head that are multiplied at once, at most and at least; a multiple of FEWEST."""
 
-ELEMENTS = {"cpu": 1 << 22}
+ELEMENTS = {"cpu": 1 << 21}
 """Entries of x that exist at once, unless FEWEST words have more: what the caches hold."""
 
 ELEMENTS_ELSEWHERE = 1 << 25
