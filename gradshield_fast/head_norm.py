@@ -15,7 +15,7 @@ embedding's output gradient into the rows of the words that were looked up. So o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,13 +26,14 @@ from gradshield_fast.ops.checks import accumulate_dtype
 from gradshield_fast.ops.ghost_dot_lowrank import lowrank_project
 from gradshield_fast.ops.segments import segment_sum
 
-WORDS = 8192
-"""Rows of the head that are multiplied at once, for a row of at most ELEMENTS // WORDS labelled positions."""
+WORDS, FEWEST = 8192, 256
+"""Rows of the head that are multiplied at once, at most and at least; a multiple of FEWEST."""
 
-ELEMENTS = 1 << 22
-"""Entries of x that exist at once: 16 MiB. One row of more than ELEMENTS // FEWEST positions takes more."""
+ELEMENTS = {"cpu": 1 << 21}
+"""Entries of x that exist at once, unless FEWEST words have more: what the caches hold."""
 
-FEWEST = 256
+ELEMENTS_ELSEWHERE = 1 << 25
+"""The same on other devices: 128 MiB, so that few and large products are launched."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,173 +134,107 @@ def head_norm(
     dtype = accumulate_dtype(h, weight)
     own = (h.to(dtype) * weight[labels].to(dtype)).sum(1) * scale
     total = loss + (own if softcap is None else softcap * torch.tanh(own / softcap))
-    share = h.to(dtype) * scale if token_weight is None else h.to(dtype) * (scale * token_weight.to(dtype))[:, None]
+    at_label = torch.expm1(-loss)[:, None]
+    shared = h.to(dtype) * scale if token_weight is None else h.to(dtype) * (scale * token_weight.to(dtype))[:, None]
 
-    norm_sq = torch.zeros(len(counts), dtype=dtype, device=h.device)
-    rows = None if lookups is None else torch.zeros(len(lookups.ids), h.shape[1], dtype=dtype, device=h.device)
-    sizes = counts.tolist()
-    bounds = [] if lookups is None else lookups.bounds.tolist()
-    starts = [sum(sizes[:n]) for n in range(len(sizes))]
-    for group in _groups(sizes, ELEMENTS // WORDS):
-        longest = sizes[group[0]]
-        step = torch.arange(longest)
-        live = step < torch.tensor([sizes[n] for n in group])[:, None]
-        # a place that a short row does not fill looks at any position, and is then blanked
-        place = (torch.tensor([starts[n] for n in group])[:, None] + step).clamp_max(len(h) - 1).to(h.device)
-        blank = ~live.to(h.device)
-        part = _Part(
-            h[place].masked_fill(blank[..., None], 0),
-            labels[place],
-            loss[place].masked_fill(blank, 0),
-            total[place].masked_fill(blank, torch.inf),  # every share of it is exp(-inf) = 0
-            share[place].masked_fill(blank[..., None], 0),
-        )
-        words = None
-        if lookups is not None:
-            words = [lookups.ids[bounds[n] : bounds[n + 1]].to(h.device) for n in group]
-        found, kept = part.norm(weight, words, scale, softcap, backend)
-        norm_sq[torch.tensor(group, device=h.device)] = found
-        for n, at_words in zip(group, kept, strict=False):
-            assert rows is not None
-            rows[bounds[n] : bounds[n + 1]] = at_words
-    return HeadNorm(norm_sq, lookups, rows)
+    sizes, vocabulary, d = counts.tolist(), weight.shape[0], h.shape[1]
+    examples = [(n, part) for n, part in enumerate(shared.split(sizes)) if len(part)]
+    grams = {n: part.new_zeros(len(part), len(part)) for n, part in examples if len(part) <= d}
+    norm_sq = torch.zeros(len(sizes), dtype=dtype, device=h.device)
+    room = ELEMENTS.get(h.device.type, ELEMENTS_ELSEWHERE) // max(len(h), 1)
+    block = max(FEWEST, min(WORDS, room // FEWEST * FEWEST))
+    columns = None if lookups is None else _Columns(lookups, sizes, range(0, vocabulary + block, block), shared)
+    for i, start in enumerate(range(0, vocabulary if examples else 0, block)):
+        y = lowrank_project(h, weight[start : start + block].T, backend=backend)
+        x = _gradient(y, labels[:, None] - start, at_label, total[:, None], scale, softcap)
+        blocks = x.split(sizes)
+        for n, part in examples:
+            if n in grams:
+                grams[n].addmm_(blocks[n], blocks[n].T)
+            else:
+                norm_sq[n] += (blocks[n].T @ part).square().sum()
+        if columns is not None:
+            columns.take(blocks, i, start)
+    for n, part in examples:
+        if n in grams:
+            norm_sq[n] = (grams[n] * (part @ part.T)).sum()
+    return HeadNorm(norm_sq, lookups, None if columns is None else columns.rows(shared.split(sizes)))
 
 
-def _groups(sizes: Sequence[int], room: int) -> Iterator[list[int]]:
-    """Put examples of similar length together, longest first; an example without a label is left out.
+def _gradient(
+    y: torch.Tensor,
+    column: torch.Tensor,
+    at_label: torch.Tensor,
+    total: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Turn a block of products y = h W^T into x, in their own memory but for a softcap's slope.
 
     Args:
-        sizes: positions of each example.
-        room: positions of a group, padded to its longest; one example may have more.
+        y: Float32[Tensor, "labelled block"].
+        column: Int64[Tensor, "labelled 1"], where the label is in the block, if it is.
+        at_label: Float32[Tensor, "labelled 1"], the label's entry before the slope.
+        total: Float32[Tensor, "labelled 1"], log of the softmax's normaliser.
+        scale: factor on the logits.
+        softcap: bound on the logits, or None.
 
-    Yields:
-        The examples of a group.
+    Returns:
+        Float32[Tensor, "labelled block"].
     """
-    group: list[int] = []
-    for n in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
-        if sizes[n] == 0:
-            break
-        if group and sizes[group[0]] * (len(group) + 1) > room:
-            yield group
-            group = []
-        group.append(n)
-    if group:
-        yield group
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """Examples of similar length, padded to the longest.
-
-    Attributes:
-        h: Float[Tensor, "examples positions d"], 0 at padding.
-        labels: Int64[Tensor, "examples positions"].
-        loss: Float32[Tensor, "examples positions"], 0 at padding.
-        total: Float32[Tensor, "examples positions"], log of the softmax's normaliser; infinite at padding.
-        share: Float32[Tensor, "examples positions d"], h' of the module's formula, 0 at padding.
-    """
-
-    h: torch.Tensor
-    labels: torch.Tensor
-    loss: torch.Tensor
-    total: torch.Tensor
-    share: torch.Tensor
-
-    def norm(
-        self,
-        weight: torch.Tensor,
-        words: Sequence[torch.Tensor] | None,
-        scale: float,
-        softcap: float | None,
-        backend: str,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Go through the vocabulary.
-
-        Args:
-            weight: Float[Tensor, "vocabulary d"].
-            words: Int64[Tensor, "tokens"] of each example, where rows of G are asked for.
-            scale: factor on the logits.
-            softcap: bound on the logits, or None.
-            backend: backend of the product.
-
-        Returns:
-            Float32[Tensor, "examples"], and Float32[Tensor, "tokens d"] of each example with words.
-        """
-        examples, positions, d = self.h.shape
-        block = max(FEWEST, min(WORDS, ELEMENTS // (examples * positions)))
-        flat = self.h.flatten(0, 1)
-        long = positions > d
-        norm_sq = self.share.new_zeros(examples)
-        gram = None if long else self.share.new_zeros(examples, positions, positions)
-        lookups = None if words is None else _Columns(words, weight.shape[0], block, self.share)
-        for i, start in enumerate(range(0, weight.shape[0], block)):
-            y = lowrank_project(flat, weight[start : start + block].T, backend=backend)
-            x = self._gradient(y.view(examples, positions, -1), start, scale, softcap)
-            if gram is None:
-                norm_sq += (x.transpose(1, 2) @ self.share).square().sum((1, 2))
-            else:
-                gram.baddbmm_(x, x.transpose(1, 2))
-            if lookups is not None:
-                lookups.take(x, i, start)
-        if gram is not None:
-            norm_sq = (gram * (self.share @ self.share.transpose(1, 2))).sum((1, 2))
-        return norm_sq, [] if lookups is None else lookups.rows(self.share)
-
-    def _gradient(self, y: torch.Tensor, start: int, scale: float, softcap: float | None) -> torch.Tensor:
-        """Turn a block of products y = h W^T into x, in their own memory but for a softcap's slope."""
-        if scale != 1:
-            y *= scale
-        slope = None
-        if softcap is not None:
-            y.div_(softcap).tanh_()
-            slope = 1 - y * y
-            y *= softcap
-        x = y.sub_(self.total[..., None]).exp_()
-        column = (self.labels - start)[..., None]
-        inside = (column >= 0) & (column < x.shape[-1])
-        column = column.clamp(0, x.shape[-1] - 1)
-        x.scatter_(-1, column, torch.where(inside, torch.expm1(-self.loss)[..., None], x.gather(-1, column)))
-        return x if slope is None else x.mul_(slope)
+    if scale != 1:
+        y *= scale
+    slope = None
+    if softcap is not None:
+        y.div_(softcap).tanh_()
+        slope = 1 - y * y
+        y *= softcap
+    x = y.sub_(total).exp_()
+    inside = (column >= 0) & (column < x.shape[1])
+    column = column.clamp(0, x.shape[1] - 1)
+    x.scatter_(1, column, torch.where(inside, at_label, x.gather(1, column)))
+    return x if slope is None else x.mul_(slope)
 
 
 class _Columns:
-    """Columns of x at the words that a group's examples looked up, gathered block by block."""
+    """Columns of x at the words that each example looked up, gathered block by block."""
 
-    def __init__(self, words: Sequence[torch.Tensor], vocabulary: int, block: int, like: torch.Tensor) -> None:
-        """Sort the words by block.
+    def __init__(self, lookups: Lookups, sizes: Sequence[int], starts: range, like: torch.Tensor) -> None:
+        """Sort each example's words, and find out which of them are in which block.
 
         Args:
-            words: Int64[Tensor, "tokens"] of each example.
-            vocabulary: number of words that there are.
-            block: words of a block.
-            like: Float[Tensor, "examples positions d"].
+            lookups: the words.
+            sizes: labelled positions of each example.
+            starts: first word of every block, and the end of the last.
+            like: Float[Tensor, "labelled d"].
         """
-        self.lengths = [len(w) for w in words]
-        ids = torch.cat(list(words))
-        self.ids, self.order = ids.sort(stable=True)
-        self.example = torch.arange(len(words)).repeat_interleave(torch.tensor(self.lengths)).to(ids.device)[self.order]
-        edges = torch.arange(0, vocabulary + block, block, device=ids.device)
-        self.cuts = torch.searchsorted(self.ids, edges).tolist()
-        self.columns = like.new_zeros(len(ids), like.shape[1])
+        lengths = lookups.bounds.diff().tolist()
+        ids = lookups.ids.to(like.device).split(lengths)
+        self.sorted = [x.sort(stable=True) for x in ids]
+        edges = torch.tensor(starts, device=like.device)
+        self.cuts = [torch.searchsorted(x.values, edges).tolist() for x in self.sorted]
+        self.columns = [like.new_zeros(size, length) for size, length in zip(sizes, lengths, strict=True)]
 
-    def take(self, x: torch.Tensor, i: int, start: int) -> None:
+    def take(self, blocks: Sequence[torch.Tensor], i: int, start: int) -> None:
         """Take the columns that a block holds.
 
         Args:
-            x: Float32[Tensor, "examples positions block"].
+            blocks: Float32[Tensor, "positions block"] of each example.
             i: the block's number.
             start: its first word.
         """
-        at = slice(self.cuts[i], self.cuts[i + 1])
-        self.columns[self.order[at]] = x[self.example[at], :, self.ids[at] - start]
+        for x, ids, cuts, columns in zip(blocks, self.sorted, self.cuts, self.columns, strict=True):
+            if len(x) and cuts[i] < cuts[i + 1]:
+                at = slice(cuts[i], cuts[i + 1])
+                columns[:, ids.indices[at]] = x[:, ids.values[at] - start]
 
-    def rows(self, share: torch.Tensor) -> list[torch.Tensor]:
+    def rows(self, shared: Sequence[torch.Tensor]) -> torch.Tensor:
         """Turn the columns into rows of G: G[n][v] = sum_{t in n} x[t, v] h'[t].
 
         Args:
-            share: Float32[Tensor, "examples positions d"], h'.
+            shared: Float32[Tensor, "positions d"] of each example, h'.
 
         Returns:
-            Float32[Tensor, "tokens d"] of each example.
+            Float32[Tensor, "tokens d"].
         """
-        return [columns @ h for columns, h in zip(self.columns.split(self.lengths), share, strict=True)]
+        return torch.cat([columns.T @ part for columns, part in zip(self.columns, shared, strict=True)])

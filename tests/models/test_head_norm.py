@@ -1,4 +1,4 @@
-"""The fused head's share of the norm: against autograd in float64, in any grouping, and without a matrix of logits."""
+"""The fused head's share of the norm: against autograd, in blocks of any size, and without a matrix of logits."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def test_norms_agree_with_the_gradients_themselves(scale: float, softcap: float 
 
 @pytest.mark.parametrize("words", [7, 64, 8192])
 @pytest.mark.parametrize("elements", [1, 700, 1 << 22])
-def test_groups_and_blocks_may_have_any_size(words: int, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("WORDS", words), ("ELEMENTS", elements), ("FEWEST", 3)):
+def test_blocks_may_have_any_size(words: int, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WORDS", words), ("ELEMENTS", {"cpu": elements}), ("FEWEST", 3)):
         monkeypatch.setattr(head_norm, name, value)
     case = head_case(torch.float32)
     assert_right(run(case), case, gradients(case), 1e-5)
@@ -153,7 +153,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
 def test_no_tensor_holds_an_entry_for_each_label_and_word(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for key, value in (("WORDS", 16), ("ELEMENTS", 512), ("FEWEST", 16)):
+    for key, value in (("WORDS", 16), ("FEWEST", 16)):
         monkeypatch.setattr(head_norm, key, value)
     monkeypatch.setattr(reference, "BLOCK", 16)
     model = make(name, torch.float32)
