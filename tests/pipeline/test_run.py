@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,6 +20,7 @@ from gradshield_fast import Direction, Scorer, safety
 from gradshield_fast.chat import ChatEncoder
 from gradshield_fast.errors import InputError, ScoringError, UnalignedModelError
 from gradshield_fast.loading import load_model
+from gradshield_fast.memory import Choice
 from gradshield_fast.pipeline import engine, options
 from gradshield_fast.pipeline.folder import RunFolder
 from gradshield_fast.pipeline.options import (
@@ -143,6 +144,36 @@ def test_a_run_that_is_stopped_and_goes_on_leaves_the_same_bytes(asked: RunOptio
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
     assert files(stopped.out) == files(asked.out)
     assert not run(stopped)
+
+
+def choosing(tokens: int) -> Callable[..., Choice]:
+    return lambda scorer, longest: Choice(tokens, f"the test's choice for rows of {longest}")
+
+
+def test_a_batch_size_is_chosen_once(asked: RunOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = replace(asked, out=tmp_path / "whole", scoring=replace(asked.scoring, batch_tokens=64))
+    run(whole)
+    auto = replace(asked, scoring=replace(asked.scoring, batch_tokens="auto"))
+    monkeypatch.setattr("gradshield_fast.memory.choose_batch_tokens", choosing(64))
+    with pytest.raises(KeyboardInterrupt):
+        run(auto, StopAt(20))
+    # more memory is free now, which must not matter
+    monkeypatch.setattr("gradshield_fast.memory.choose_batch_tokens", choosing(4096))
+    assert run(auto)
+    record = json.loads((auto.out / "run.json").read_text())
+    assert record["batches"]["tokens"] == 64
+    assert record["identity"]["scoring"]["batch_tokens"] == "auto"
+    assert files(auto.out) == files(whole.out)
+    with pytest.raises(InputError, match=r"batch_tokens \(auto there, 64 here\)"):
+        run(replace(auto, scoring=whole.scoring))
+
+
+def test_a_batch_size_is_chosen_by_memory(asked: RunOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradshield_fast.memory.free_bytes", lambda device: 0)
+    run(replace(asked, scoring=replace(asked.scoring, batch_tokens="auto", verify=True)))
+    chosen = json.loads((asked.out / "run.json").read_text())["batches"]
+    assert (chosen["tokens"], chosen["why"], chosen["free"]) == (256, "memory", 0)
+    assert chosen["memory"]["per_token"] > 0
 
 
 def test_what_a_killed_process_left_is_swept_away(asked: RunOptions) -> None:
@@ -465,6 +496,7 @@ def test_a_direction_with_wrong_names_or_shapes(asked: RunOptions, tmp_path: Pat
         (lambda: ScoringOptions(normalize="l1"), "--normalize"),
         (lambda: ScoringOptions(loss_reduction="max"), "--loss-reduction"),
         (lambda: ScoringOptions(batch_tokens=0), "--batch-tokens"),
+        (lambda: ScoringOptions(batch_tokens=cast(Any, "many")), "--batch-tokens"),
         (lambda: CutOptions(alpha=1.0, value=1.0), "one of them"),
         (lambda: CutOptions(value=float("nan")), "--threshold"),
         (lambda: CutOptions(direction=-1), "--direction-index"),
