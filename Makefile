@@ -2,15 +2,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PEERS := .venv-peers
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
-INPUTS := pyproject.toml setup.py setup_native.py setup_head.py setup_cuda.py constraints.txt
+INPUTS := pyproject.toml setup.py setup_native.py setup_cuda.py constraints.txt
 DEMO_STAMP := $(VENV)/.installed-demo
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help venv native demo test test-mutation lint format bench gpu docs clean
+.PHONY: help venv native demo test test-mutation lint format bench bench-peers gpu docs clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -61,6 +62,16 @@ format: $(DEV_STAMP) ## rewrite the files the way lint wants them
 bench: $(DEV_STAMP) ## time the ops on this machine
 	$(BIN)/gradshield-fast bench $(ARGS)
 
+# The peers see the project's own packages, torch above all, through one .pth line, and bring theirs beside them.
+$(PEERS)/.installed: benchmarks/peers/requirements.lock | $(DEV_STAMP)
+	$(BIN)/python -m venv $(PEERS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r benchmarks/peers/requirements.lock
+	@touch $@
+
+bench-peers: $(PEERS)/.installed ## time every other way to score rows beside ours; see benchmarks/peers/README.md
+	$(BIN)/python benchmarks/peers/run.py $(ARGS)
+
 gpu: $(DEV_STAMP) ## run every GPU test and benchmark, where there is a GPU
 	$(BIN)/python benchmarks/ops/run.py --device cuda $(ARGS)
 
@@ -68,5 +79,5 @@ docs: $(DEV_STAMP) ## run every example in the docstrings
 	$(BIN)/python -m pytest --doctest-modules gradshield_fast
 
 clean: ## remove the virtual environment and every cache
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -30,8 +30,8 @@ def load(name: str) -> ModuleType | None:
     return module
 
 
-native, head, cuda = load("setup_native"), load("setup_head"), load("setup_cuda")
+native, cuda = load("setup_native"), load("setup_cuda")
 setup(
-    ext_modules=[extension for part in (native, head, cuda) if part is not None for extension in part.extensions()],
+    ext_modules=[extension for part in (native, cuda) if part is not None for extension in part.extensions()],
     cmdclass={"build_ext": native.BuildExtensions} if native is not None else {},
 )

@@ -23,12 +23,18 @@ ARCHITECTURES = ("80", "90", "100", "120")
 FLAGS = ("-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall")
 
 
+SWITCH = "GRADSHIELD_CUDA"
+"""Set to 0 while building, the CUDA kernels are left out although nvcc is there: their compilation takes minutes."""
+
+
 def find_nvcc() -> str | None:
     """Find the CUDA compiler.
 
     Returns:
-        Its path: from PATH, else where its installer puts it; None where there is none.
+        Its path: from PATH, else where its installer puts it; None where there is none, or it is not to be used.
     """
+    if os.environ.get(SWITCH) == "0":
+        return None
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 

@@ -17,8 +17,8 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for a mistake of ours: hence the last two.
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
-AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", *QUIET]
 ISA_FLAGS = {
     "csrc/isa/avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "csrc/isa/avx512.cpp": AVX512,
@@ -27,7 +27,12 @@ ISA_FLAGS = {
     "csrc/isa/amx_attention.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 """One build serves every processor: these files alone use more than the baseline, and run where cpuid allows it."""
-HEAD = "linear_cross_entropy"
+HEAD = "csrc/linear_cross_entropy/"
+HEAD_TRIAL = """#include <immintrin.h>
+#pragma GCC target("avx512f,avx512bf16,amx-tile,amx-bf16")
+__m512bh pairs(__m512 x) { _tile_zero(0); return _mm512_cvtne2ps_pbh(x, x); }
+"""
+"""What a compiler must take to build the fused head, whose files say themselves which instructions they use."""
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra", "-pthread"]
 
 
@@ -37,8 +42,9 @@ def sources() -> list[str]:
     Returns:
         Paths relative to the repository.
     """
-    # the fused head is a module of its own: setup_head.py
-    ops = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*/cpu.cpp") if path.parent.name != HEAD)
+    ops = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*/cpu.cpp")}
+    head = {path.relative_to(ROOT).as_posix() for path in ROOT.glob(f"{HEAD}*.cpp")}
+    ops = sorted(ops | head if X86 else ops - head)
     common = ["csrc/common/isa.cpp", "csrc/common/packing.cpp", "csrc/common/pool.cpp"]
     return [*ops, *common, "csrc/isa/portable.cpp", *(ISA_FLAGS if X86 else ())]
 
@@ -85,6 +91,12 @@ class BuildExtensions(build_ext):
         known = {source: flags for source, flags in ISA_FLAGS.items() if source in ext.sources and self._takes(flags)}
         ext.sources = [source for source in ext.sources if source in known or source not in ISA_FLAGS]
         ext.define_macros = [(f"GSF_{Path(source).stem.upper()}", "1") for source in known]
+        if X86 and self._takes([], HEAD_TRIAL):
+            ext.define_macros.append(("GSF_HEAD", "1"))
+            known |= {source: QUIET for source in ext.sources if source.startswith(HEAD)}
+        else:
+            ext.sources = [source for source in ext.sources if not source.startswith(HEAD)]
+            print("gradshield_fast: this compiler does not know AMX, so the fused head is not built", file=sys.stderr)
 
         def side_by_side(sources: list[str], **options: Any) -> list[str]:
             flags = options.pop("extra_postargs", None) or []
@@ -102,12 +114,12 @@ class BuildExtensions(build_ext):
         finally:
             compiler.compile = one_by_one
 
-    def _takes(self, flags: list[str]) -> bool:
+    def _takes(self, flags: list[str], text: str = "int main() { return 0; }\n") -> bool:
         """Say whether the compiler knows an instruction set; an older one builds the others."""
         compiler: Any = self.compiler
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "empty.cpp"
-            source.write_text("int main() { return 0; }\n", encoding="utf-8")
+            source.write_text(text, encoding="utf-8")
             try:
                 compiler.compile([str(source)], output_dir=folder, extra_postargs=flags)
             except CompileError:

@@ -14,6 +14,9 @@
 #include "ghost_dot_lowrank/cpu.h"
 #include "ghost_norm_sq/cpu.h"
 #include "ghost_project/cpu.h"
+#if defined(GSF_HEAD)
+#include "linear_cross_entropy/head.h"
+#endif
 #include "scale_dot/cpu.h"
 #include "varlen_attention/cpu.h"
 
@@ -107,8 +110,8 @@ gsf::attention::Tokens tokens(const Heads& x) {
 
 gsf::attention::Problem attention_problem(const std::array<Heads, 3>& qkv, const Sizes& sizes, float scale,
                                           float softcap) {
-  return {tokens(qkv[0]), tokens(qkv[1]), tokens(qkv[2]), sizes[0], sizes[1], sizes[2], sizes[3], scale, softcap,
-          sizes[4]};
+  return {tokens(qkv[0]), tokens(qkv[1]), tokens(qkv[2]), sizes[0], sizes[1],
+          sizes[2],       sizes[3],       scale,          softcap,  sizes[4]};
 }
 
 std::string attention_isa(int limit) {
@@ -134,6 +137,43 @@ bool attention_backward(const std::array<Heads, 3>& qkv, const Sizes& sizes, flo
                                  bounds.data(), static_cast<int64_t>(bounds.size()) - 1, threads, isa_of(isa));
 }
 
+#if defined(GSF_HEAD)
+namespace head = gradshield::head;
+
+head::Matrix head_matrix(const Tensor& t) {
+  const gsf::Matrix x = matrix(t);
+  return {x.data, x.dtype, x.rows, x.cols, x.row_stride, x.col_stride};
+}
+
+void linear_cross_entropy(const Tensor& h, const Tensor& weight, const std::vector<Tensor>& p,
+                          const std::vector<Tensor>& r, int64_t index, int64_t labels, int64_t token_weight,
+                          int64_t tokens, float scale, float softcap, int64_t loss, int64_t dh, int64_t pulled,
+                          int64_t dot, bool exact, int threads, int upto) {
+  const py::gil_scoped_release released;
+  std::vector<head::Matrix> directions;
+  for (const Tensor& x : r) directions.push_back(head_matrix(x));
+  head::Problem problem;
+  problem.h = head_matrix(h);
+  problem.weight = head_matrix(weight);
+  if (!p.empty()) problem.p = head_matrix(p[0]);
+  problem.r = directions.data();
+  problem.directions = static_cast<int64_t>(directions.size());
+  problem.index = pointer<const int64_t>(index);
+  problem.labels = pointer<const int64_t>(labels);
+  problem.token_weight = pointer<const float>(token_weight);
+  problem.tokens = tokens;
+  problem.scale = scale;
+  problem.softcap = softcap;
+  problem.loss = pointer<float>(loss);
+  problem.dh = pointer<float>(dh);
+  problem.pulled = pointer<float>(pulled);
+  problem.dot = pointer<float>(dot);
+  problem.exact = exact;
+  problem.threads = threads;
+  head::run(problem, static_cast<head::Level>(upto));
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -149,4 +189,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("attention_isa", &attention_isa, py::arg("limit") = 3, "As `isa`, for attention; empty where none will do.");
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);
+
+#if defined(GSF_HEAD)
+  m.def(
+      "head_level", [] { return static_cast<int>(head::level()); },
+      "What this CPU offers the fused head: 0 nothing that will do, 1 AVX-512, 2 with BF16, 3 with AMX.");
+  m.def("linear_cross_entropy", &linear_cross_entropy);
+#endif
 }

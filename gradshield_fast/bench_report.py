@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from gradshield_fast.bench_isa import limited
 from gradshield_fast.loading import pick_device
 from gradshield_fast.op_bench import as_json, bench_table, roofs, time_case
 from gradshield_fast.op_cases import DTYPES, OPS, make_case
@@ -27,6 +28,7 @@ def print_timings(
     device: str,
     backends: Sequence[str],
     compiled: bool,
+    isa: str | None,
     seconds: float,
     as_lines: bool,
     console: Console,
@@ -43,23 +45,27 @@ def print_timings(
         device: a torch device, or "auto".
         backends: which; empty: all that the op has.
         compiled: also torch.compile of the reference.
+        isa: the highest instruction set that native CPU kernels may use; None: no limit.
         seconds: how long each is repeated.
         as_lines: JSON instead of a table.
         console: where the table goes.
         reporter: where progress goes.
 
     Raises:
-        InputError: an option is not known, or the device cannot be used.
+        InputError: an option is not known, or the device or the instruction set cannot be used.
     """
     where = pick_device(device)
     about: dict[str, Any] = {"device": _device_name(where), "torch": torch.__version__}
+    if isa is not None:
+        about["isa"] = isa
     timings = []
     roof = None
     for op in ops or OPS:
         case = make_case(op, model, tokens, dtype, where, rank=rank)
         roof = roof or roofs(where, DTYPES[dtype])
         reporter.stage(f"timing {op}")
-        timings += time_case(case, where, roof, backends=backends, compiled=compiled, seconds=seconds)
+        with limited(isa, where):
+            timings += time_case(case, where, roof, backends=backends, compiled=compiled, seconds=seconds)
     if roof is None:
         return
     if as_lines:
@@ -71,6 +77,8 @@ def print_timings(
         f"{about['device']}, torch {about['torch']}; copy {roof.bytes / 1e9:.0f} GB/s, "
         f"{dtype} matrix product {roof.flop / 1e9:.0f} GFLOP/s; layer of {model}"
     )
+    if isa is not None:
+        title += f", native kernels up to {isa}"
     # a table cut to 80 columns says nothing; a narrow terminal wraps its lines instead
     Console(file=console.file, width=max(console.width, WIDTH)).print(bench_table(timings, title))
     for timing in timings:

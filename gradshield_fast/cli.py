@@ -66,6 +66,7 @@ def filter_corpus(
     weights: o.Weights = None,
     rank: o.Rank = None,
     energy: o.Energy = None,
+    passes: o.Passes = 1,
     second_moment: o.SecondMoment = None,
     allow_unaligned: o.AllowUnaligned = False,
     adapter: o.Adapter = None,
@@ -99,7 +100,15 @@ def filter_corpus(
         model=ModelOptions(model, adapter, dtype, device, trust_remote_code, allow_pickle),
         out=out,
         direction=DirectionOptions(
-            tuple(direction or ()), probes, score, weights, rank, energy, second_moment, allow_unaligned=allow_unaligned
+            tuple(direction or ()),
+            probes,
+            score,
+            weights,
+            rank,
+            energy,
+            second_moment,
+            allow_unaligned=allow_unaligned,
+            passes=passes,
         ),
         scoring=ScoringOptions(
             max_length,
@@ -183,6 +192,7 @@ def build_direction(
     weights: o.Weights = None,
     rank: o.Rank = None,
     energy: o.Energy = None,
+    passes: o.Passes = 1,
     second_moment: o.SecondMoment = None,
     allow_unaligned: o.AllowUnaligned = False,
     adapter: o.Adapter = None,
@@ -193,10 +203,12 @@ def build_direction(
     batch_tokens: o.BatchTokens = 2048,
 ) -> int:
     """Build the reference direction from probes and save it."""
-    options = DirectionOptions((), probes, score, weights, rank, energy, second_moment, batch_tokens, allow_unaligned)
+    options = DirectionOptions(
+        (), probes, score, weights, rank, energy, second_moment, batch_tokens, allow_unaligned, passes
+    )
     from gradshield_fast.loading import load_model
     from gradshield_fast.pipeline.directing import make_direction
-    from gradshield_fast.tables import facts, safety_line
+    from gradshield_fast.tables import facts, residual_line, safety_line
 
     with watching() as reporter:
         reporter.stage("loading the model")
@@ -215,7 +227,7 @@ def build_direction(
             [
                 ("written", out),
                 ("direction", made),
-                ("residual", f"{made.residual:.3g} of the norm was dropped by compression"),
+                ("residual", residual_line(made.residual, made.meta)),
                 ("norm", ", ".join(f"{norm:.4g}" for norm in made.norm)),
                 ("safety score", safety_line(made.meta["safety"])),
             ]
@@ -311,6 +323,9 @@ def time_ops(
     device: o.Device = "auto",
     backend: Annotated[list[str] | None, typer.Option("--backend", help="Default: all that the op has.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Also torch.compile of the reference.")] = False,
+    isa: Annotated[
+        str | None, typer.Option("--isa", help="Native CPU kernels go no higher: portable, avx2, avx512 or amx.")
+    ] = None,
     seconds: Annotated[float, typer.Option("--seconds", min=0.01, help="How long to repeat each.")] = 0.5,
     json: Annotated[bool, typer.Option("--json", help="One JSON line a timing, nothing else.")] = False,
 ) -> int:
@@ -319,7 +334,19 @@ def time_ops(
 
     with watching() as reporter:
         print_timings(
-            op or (), model, tokens, rank, dtype, device, backend or (), compiled, seconds, json, Console(), reporter
+            op or (),
+            model,
+            tokens,
+            rank,
+            dtype,
+            device,
+            backend or (),
+            compiled,
+            isa,
+            seconds,
+            json,
+            Console(),
+            reporter,
         )
     return DONE
 

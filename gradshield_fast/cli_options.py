@@ -60,6 +60,15 @@ Energy = Annotated[
     float | None,
     _option("--energy", help="Compress to this share of each weight's squared norm.", panel=_DIRECTION),
 ]
+Passes = Annotated[
+    int,
+    _option(
+        "--passes",
+        help="2 or more: build it low-rank from the start, in so many passes over the probes (3 is good), without ever "
+        "holding a whole gradient.",
+        panel=_DIRECTION,
+    ),
+]
 SecondMoment = Annotated[
     Path | None,
     _option("--second-moment", help="safetensors of Adam's exp_avg_sq: score an Adam step.", panel=_DIRECTION),

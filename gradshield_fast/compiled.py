@@ -23,8 +23,8 @@ from gradshield_fast.layout import Layout
 from gradshield_fast.plan import Plan
 from gradshield_fast.repeated import reclassed, repeated_layers, with_forward
 from gradshield_fast.tally import Tally
-from gradshield_fast.universal import CHAIN
 from gradshield_fast.taps import Carrier, tapped
+from gradshield_fast.universal import CHAIN
 
 SHAPES = 64
 """Versions of one layer's code that may exist: kinds of layers, rows of one, and flags; beyond it torch gives up."""

@@ -30,7 +30,9 @@ class Direction:
         parts: one mapping a direction, from the weight's name to its entry, dense or low-rank.
         meta: what the direction was made of (JSON values only): model and probes fingerprints, score, options.
         residual: relative Frobenius norm of what `low_rank` dropped, over all weights; 0.0 for a dense direction;
-            the largest of them for a stack.
+            the largest of them for a stack. Where the direction was built low-rank (`from_probes` with several
+            passes) there was no gradient to measure it on, and it is an unbiased estimate of the squared norm, whose
+            standard error is `meta["low_rank"]["residual_error"]`.
         residuals: the same for each weight that was compressed.
     """
 
@@ -95,12 +97,19 @@ class Direction:
         weights: str | None = None,
         batch_tokens: int = 2048,
         allow_unaligned: bool = False,
+        passes: int = 1,
+        rank: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Direction:
         """Build r = grad S from probes that a safe model refuses.
 
             S = mean over probes of the mean log-probability of a refusal given the probe, in nats a token;
             refusal_margin subtracts the same for a compliant opening.
+
+        One pass over the probes gives the dense direction, one float32 tensor of its shape for each weight. Two or more
+        give it low-rank from the start, and no matrix weight's gradient is ever held: with k = rank + 24 columns at
+        most, 4 k (rows + cols) bytes for each matrix instead of 4 rows cols. See
+        `gradshield_fast.safety_factors.safety_factors`.
 
         Args:
             model: a causal language model of transformers, or a PEFT model around one.
@@ -110,10 +119,13 @@ class Direction:
             weights: regular expression that selects weights by name; None: those that training would change.
             batch_tokens: tokens a forward pass may hold.
             allow_unaligned: go on although the score would mislead on this model; the meta says so.
-            progress: called with (probes done, probes in all).
+            passes: 1: dense. 2 or more: low-rank, in that many passes over the probes; 3 comes close to the best.
+            rank: columns of the factors, with several passes; None: 16.
+            progress: called with (answers done, answers in all).
 
         Returns:
-            A dense direction with its origin in `meta`.
+            A direction with its origin in `meta`; dense, or with several passes low-rank but for vectors, stacks of
+            matrices and what `meta["safety"]["dense_weights"]` names. `residual` is then an estimate.
 
         Raises:
             UnalignedModelError: the model does not refuse its probes, so that the score would reverse the order.
@@ -121,26 +133,39 @@ class Direction:
 
         Source: arXiv:2605.14194.
         """
-        from gradshield_fast.safety import SafetyProbes, safety_gradient
+        from gradshield_fast.probes import SafetyProbes
 
+        if passes < 1 or (rank is not None and (passes == 1 or rank < 1)):
+            raise InputError(
+                f"Direction.from_probes: a rank needs passes >= 2, got rank {rank} and {passes} passes; one pass gives "
+                "a dense direction, which low_rank() compresses"
+            )
         probes = SafetyProbes.default() if probes is None else probes
-        gradient, report = safety_gradient(
-            model,
-            tokenizer,
-            probes,
-            score=score,
-            weights=weights,
-            batch_tokens=batch_tokens,
-            allow_unaligned=allow_unaligned,
-            progress=progress,
-        )
+        options: dict[str, Any] = {
+            "score": score,
+            "weights": weights,
+            "batch_tokens": batch_tokens,
+            "allow_unaligned": allow_unaligned,
+            "progress": progress,
+        }
         meta = {
             "model": model_fingerprint(model),
             "probes": probes.fingerprint(),
             "options": {"score": score, "weights": weights, "allow_unaligned": allow_unaligned},
-            "safety": report.to_dict(),
         }
-        return cls(gradient, meta=meta)
+        if passes == 1:
+            from gradshield_fast.safety import safety_gradient
+
+            gradient, report = safety_gradient(model, tokenizer, probes, **options)
+            return cls(gradient, meta={**meta, "safety": report.to_dict()})
+        from gradshield_fast.safety_factors import safety_factors
+
+        rank = 16 if rank is None else rank
+        found, report = safety_factors(model, tokenizer, probes, rank=rank, passes=passes, **options)
+        low_rank = {"rank": rank, "passes": passes, "residual": found.residual, "residual_error": found.residual_error}
+        out = cls(found.entries, meta={**meta, "safety": report.to_dict(), "low_rank": low_rank})
+        out.residual, out.residuals = found.residual, found.residuals
+        return out
 
     @classmethod
     def stack(cls, directions: list[Direction]) -> Direction:

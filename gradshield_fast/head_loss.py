@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from gradshield_fast.errors import ScoringError
+from gradshield_fast.head_norm import HeadNorm, Lookups, head_norm
 from gradshield_fast.ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -42,21 +43,27 @@ class Head:
 
 @dataclass(eq=False)
 class HeadTerms:
-    """Directions on the head's weight, and the position terms that the last pass gave.
+    """What is asked of the head's weight, and what the last pass gave.
 
     Attributes:
         r: Float[Tensor, "directions vocabulary d"] or None.
         p: Float[Tensor, "vocabulary ranks"] or None.
         q: Float[Tensor, "d ranks"] or None.
         ranks: columns of each low-rank direction, or None.
+        norms: whether the rows' squared norms are wanted.
+        lookups: the words that the embedding looks up, where it has the same weight and norms are wanted.
         dot: Float[Tensor, "labelled directions"], g[t] . (r_k h[t]), row after row; None before the pass.
+        norm: the squared norms; None before the pass, and where they are not wanted.
     """
 
     r: torch.Tensor | None = None
     p: torch.Tensor | None = None
     q: torch.Tensor | None = None
     ranks: Sequence[int] | None = None
+    norms: bool = False
+    lookups: Lookups | None = None
     dot: torch.Tensor | None = None
+    norm: HeadNorm | None = None
 
 
 def find_head(model: nn.Module, backend: str) -> Head | str:
@@ -131,7 +138,7 @@ def head_losses(
         targets: Int64[Tensor, "labelled"], that token.
         counts: Int64[Tensor, "rows"], labelled positions of each row.
         reduction: "mean" or "sum".
-        terms: directions on the head's weight; its `dot` is set. None: there are none.
+        terms: directions on the head's weight; its `dot` and `norm` are set. None: there are none.
 
     Returns:
         Float32[Tensor, "rows"] in nats (float64 for a float64 model); 0 for a row without a label.
@@ -178,6 +185,19 @@ class _HeadLoss(torch.autograd.Function):
         )
         if terms is not None:
             terms.dot = out.dot
+            if terms.norms:
+                terms.norm = head_norm(
+                    h,
+                    head.module.weight,
+                    targets,
+                    out.loss,
+                    share,
+                    counts,
+                    terms.lookups,
+                    scale=head.scale,
+                    softcap=head.softcap,
+                    backend=head.backend,
+                )
         ctx.dh, ctx.shape, ctx.dtype = out.dh, hidden.shape, hidden.dtype
         ctx.save_for_backward(place, counts)
         losses = torch.segment_reduce(out.loss, "sum", lengths=counts, axis=0, initial=0)

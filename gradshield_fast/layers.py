@@ -14,9 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from gradshield_fast.batches import PaddedBatch
+from gradshield_fast.batches import PackedBatch, PaddedBatch
 from gradshield_fast.direction import Entry
 from gradshield_fast.head_loss import HeadTerms
+from gradshield_fast.head_norm import Lookups
 from gradshield_fast.layout import Layout
 from gradshield_fast.lowrank import LowRank
 from gradshield_fast.ops.embedding_dot import embedding_dot
@@ -228,20 +229,28 @@ class MatrixRule(_Matrix):
 class HeadRule(_Matrix):
     """An output head whose product is part of the fused loss (head_loss.py): the op gives the position terms itself."""
 
+    tied: bool = False
+
     @property
     def mixed(self) -> bool:
         """Whether some directions are dense and some low-rank on this weight, which the op does not take."""
         return self.r is not None and self.q is not None
 
-    def terms(self) -> HeadTerms:
+    def terms(self, batch: PaddedBatch, line: PackedBatch | None) -> HeadTerms:
         """What the op is given.
 
+        Args:
+            batch: the rows.
+            line: the packed form that the model is given; None: it is given the padded one.
+
         Returns:
-            The directions on the head's weight.
+            The directions on the head's weight, and what its norm needs.
         """
+        norms = self.context.norms
+        lookups = Lookups.of(batch, line) if norms and self.tied else None
         if self.r is not None:
-            return HeadTerms(r=self.r)
-        return HeadTerms(p=self.p, q=self.q, ranks=self.ranks)
+            return HeadTerms(r=self.r, norms=norms, lookups=lookups)
+        return HeadTerms(p=self.p, q=self.q, ranks=self.ranks, norms=norms, lookups=lookups)
 
     def add(self, terms: HeadTerms, batch: PaddedBatch, tally: Tally) -> None:
         """Add the head's use of the weight.
@@ -257,12 +266,15 @@ class HeadRule(_Matrix):
         rows, positions = batch.predicts.to(u.device).nonzero(as_tuple=True)
         u[rows[:, None], positions[:, None], torch.tensor(columns, device=u.device)] = terms.dot
         tally.add(self.weight, u, Layout("rows", 1))
+        if terms.norm is not None:
+            tally.add_head_norm(self.weight, terms.norm)
 
 
 class EmbeddingRule(_Matrix):
-    """Embedding tables: u[t] = g[t] . r[ids[t]]; the padding row has no gradient."""
+    """Embedding tables: u[t] = g[t] . r[ids[t]]; the padding row has no gradient. A scaled table's g is scaled."""
 
     padding: int | None = None
+    scale: torch.Tensor | float | None = None
 
     def keep(self, module: nn.Embedding, a: torch.Tensor) -> torch.Tensor:
         """Keep the ids.
@@ -274,7 +286,7 @@ class EmbeddingRule(_Matrix):
         Returns:
             The ids.
         """
-        self.padding = module.padding_idx
+        self.padding, self.scale = module.padding_idx, getattr(module, "embed_scale", None)
         return a
 
     def add(self, kept: torch.Tensor, g: torch.Tensor, layout: Layout, tally: Tally) -> None:
@@ -286,6 +298,8 @@ class EmbeddingRule(_Matrix):
             layout: where the rows are.
             tally: the batch's sums.
         """
+        if self.scale is not None:
+            g = g * torch.as_tensor(self.scale, dtype=g.dtype, device=g.device)
         if self.padding is not None:
             g = g.masked_fill((kept == self.padding).unsqueeze(-1), 0)
         ids, flat_g = kept.reshape(-1), g.reshape(-1, g.shape[-1])
@@ -388,7 +402,7 @@ def method_of(module: nn.Module, local: str) -> str:
         return "linear"
     if conv1d:
         return "conv1d"
-    if forward is nn.Embedding.forward:
+    if forward is nn.Embedding.forward or (isinstance(module, nn.Embedding) and hasattr(module, "embed_scale")):
         # renormalised tables change in the forward pass, and frequency scaling changes the gradient
         plain = getattr(module, "max_norm", None) is None and not getattr(module, "scale_grad_by_freq", False)
         return "embedding" if plain else "jvp"

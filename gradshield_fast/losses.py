@@ -69,7 +69,7 @@ def row_losses(model: torch.nn.Module, batch: PaddedBatch, call: Call, terms: He
         model: the model.
         batch: the rows.
         call: how the model is called.
-        terms: directions on the head's weight, for a fused head; its `dot` is set.
+        terms: directions on the head's weight, for a fused head; its `dot` and `norm` are set.
 
     Returns:
         Float[Tensor, "rows"], nats, float32 (float64 for a float64 model); 0 for a row without labels.

@@ -108,7 +108,7 @@ def _eigenbasis(r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x = r.double()
     gram = x.T @ x if r.shape[0] >= r.shape[1] else x @ x.T
     values, vectors = torch.linalg.eigh(gram)
-    return _fix_signs(vectors.flip(1)), values.flip(0).clamp_min(0)
+    return fix_signs(vectors.flip(1))[0], values.flip(0).clamp_min(0)
 
 
 def _random_basis(r: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,10 +116,19 @@ def _random_basis(r: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         u, s, v = torch.svd_lowrank(r, q=rank + OVERSAMPLE, niter=4)
-    return _fix_signs(v if r.shape[0] >= r.shape[1] else u), s.square()
+    return fix_signs(v if r.shape[0] >= r.shape[1] else u)[0], s.square()
 
 
-def _fix_signs(vectors: torch.Tensor) -> torch.Tensor:
-    """Make the largest entry of each vector positive, so that the same matrix gives the same factors everywhere."""
+def fix_signs(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make the largest entry of each vector positive, so that the same matrix gives the same factors everywhere.
+
+    Args:
+        vectors: Float[Tensor, "d k"], column by column.
+
+    Returns:
+        The vectors, and Float[Tensor, "k"], the sign that each was multiplied by; 1 for a zero vector.
+    """
     top = vectors.abs().argmax(0)
-    return vectors * torch.sign(vectors[top, torch.arange(vectors.shape[1], device=vectors.device)])
+    sign = torch.where(vectors[top, torch.arange(vectors.shape[1], device=vectors.device)] < 0, -1.0, 1.0)
+    sign = sign.to(vectors.dtype)
+    return vectors * sign, sign

@@ -1,6 +1,6 @@
 """What a scoring step takes of memory, as a formula in the batch's shape, and the batch that fits the free memory.
 
-    bytes = max(per_token tokens + per_response response_tokens + fixed,   at the head, or in the widest layer's backward
+    bytes = max(per_token tokens + per_response response_tokens + fixed,   at the head, or in the widest backward
                 attention_per_token tokens + per_square squares)           in an attention's backward
 
     per_token       what the graph and the hooks keep of a token through all layers until the backward pass has used it,

@@ -29,6 +29,14 @@ MODELS: Mapping[str, tuple[int, int, int]] = {
 }
 """Model -> hidden size d, feed-forward size, vocabulary: the layer goes from d to the second, the head to the third."""
 
+HEADS: Mapping[str, tuple[int, int, int]] = {
+    "smollm2": (9, 3, 64),
+    "llama-3.2-1b": (32, 8, 64),
+    "qwen3-4b": (32, 8, 128),
+    "llama-3-8b": (32, 8, 128),
+}
+"""Model -> heads of q, heads of k and v, size of a head."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 RANK = 16
@@ -79,11 +87,14 @@ class Case:
 
         Returns:
             At most 1 where the promise holds. For the fused head the terms are those of the gradient's size, since a
-            logit's own rounding moves its probability; see its tests for the bound term by term.
+            logit's own rounding moves its probability; see its tests for the bound term by term. Attention answers in
+            the inputs' dtype: there it is 8 eps of that, of the largest entry.
         """
         out = self.run(**self.sample, backend=backend).double()
         wide = {name: x.double() if x.is_floating_point() else x for name, x in self.sample.items()}
         truth = self.run(**wide, backend="reference")
+        if self.op == "varlen_attention":
+            return float((out - truth).abs().max() / (8 * torch.finfo(DTYPES[self.dtype]).eps * truth.abs().max()))
         size = {name: x.abs() if x.is_floating_point() else x for name, x in wide.items()}
         terms = self.run(**size, backend="reference").abs() if self.op != "linear_cross_entropy" else truth.abs().amax()
         return float(((out - truth).abs() / (8 * torch.finfo(torch.float32).eps * terms).clamp_min(1e-30)).max())
@@ -121,7 +132,10 @@ def make_case(
             return torch.empty(*shape, dtype=kind, device=device)
         return (torch.randn(*shape, generator=generator) * size).to(device=device, dtype=kind)
 
-    return _MAKERS[op](_Layer(*MODELS[model], tokens, rank, dtype, device, random))
+    return _MAKERS[op](_Layer(*MODELS[model], HEADS[model], tokens, rank, dtype, device, random))
+
+
+_BY_TOKEN = ("a", "g", "ids", "x_hat", "h", "labels", "q_heads", "k_heads", "v_heads", "dout")
 
 
 @dataclass
@@ -129,6 +143,7 @@ class _Layer:
     d: int
     ff: int
     vocabulary: int
+    heads: tuple[int, int, int]
     tokens: int
     rank: int
     dtype: str
@@ -160,7 +175,7 @@ class _Layer:
     ) -> Case:
         shape = f"{self.tokens}x{self.d}x{wide}, {len(self.lens)}"
         few = min(SAMPLE, self.tokens)
-        sample = {n: x[:few] if n in ("a", "g", "ids", "x_hat", "h", "labels") else x for n, x in inputs.items()}
+        sample = {n: x[:few] if n in _BY_TOKEN else x for n, x in inputs.items()}
         if "cu_seqlens" in inputs:
             sample["cu_seqlens"] = self.boundaries([few // 3, few - few // 3])
         return Case(op, shape, self.dtype, inputs, flop, size, run, unfused, plain, sample)
@@ -310,6 +325,55 @@ def _linear_cross_entropy(x: _Layer) -> Case:
     return x.case("linear_cross_entropy", x.vocabulary, inputs, flop, size, run, unfused, plain)
 
 
+def _varlen_attention(x: _Layer) -> Case:
+    heads, kv_heads, d = x.heads
+    counts = {"q_heads": heads, "k_heads": kv_heads, "v_heads": kv_heads, "dout": heads}
+    inputs = {name: x.random(x.tokens, count, d, kind=x.kind) for name, count in counts.items()}
+    flop = 14 * heads * d * sum(n * (n + 1) // 2 for n in x.lens)  # two products forward, five backward
+    size = 4 * x.width * x.tokens * (heads + kv_heads) * d
+
+    def gradients(attend: Callable[..., torch.Tensor], *qkv_dout: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            q, k, v = (t.detach().requires_grad_() for t in qkv_dout[:3])
+            out = attend(q, k, v)
+            grads = torch.autograd.grad(out, (q, k, v), qkv_dout[3])
+        return torch.cat([t.detach().flatten(1) for t in (out, *grads)], 1)
+
+    def run(
+        q_heads: torch.Tensor,
+        k_heads: torch.Tensor,
+        v_heads: torch.Tensor,
+        dout: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        *,
+        backend: str,
+    ) -> torch.Tensor:
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return ops.varlen_attention(q, k, v, cu_seqlens, backend=backend)
+
+        return gradients(attend, q_heads, k_heads, v_heads, dout)
+
+    def unfused(
+        q_heads: torch.Tensor,
+        k_heads: torch.Tensor,
+        v_heads: torch.Tensor,
+        dout: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+    ) -> torch.Tensor:
+        def attend(*qkv: torch.Tensor) -> torch.Tensor:
+            sdpa, outs = torch.nn.functional.scaled_dot_product_attention, []
+            for i, j in pairwise(cu_seqlens.tolist()):
+                q, k, v = (t[None, i:j].transpose(1, 2) for t in qkv)
+                outs.append(sdpa(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+            return torch.cat(outs)
+
+        return gradients(attend, q_heads, k_heads, v_heads, dout)
+
+    case = x.case("varlen_attention", x.ff, {**inputs, "cu_seqlens": x.cu}, flop, size, run, unfused)
+    case.shape = f"{x.tokens}x{heads}/{kv_heads}x{d}, {len(x.lens)}"
+    return case
+
+
 _MAKERS: Mapping[str, Callable[[_Layer], Case]] = {
     "ghost_dot_lowrank": _ghost_dot_lowrank,
     "ghost_dot": _ghost_dot,
@@ -319,6 +383,7 @@ _MAKERS: Mapping[str, Callable[[_Layer], Case]] = {
     "embedding_dot": _embedding_dot,
     "scale_dot": _scale_dot,
     "linear_cross_entropy": _linear_cross_entropy,
+    "varlen_attention": _varlen_attention,
 }
 
 OPS = tuple(_MAKERS)

@@ -130,8 +130,6 @@ class Plan:
         if around:
             return f"weights are scored by the universal rule at '{around[0] or 'the model'}', which holds the head"
         weights = self.weights_at((name, "linear"))
-        if weights and self.context.norms:
-            return "norms of its weight need the gradient of the logits"
         if weights and self._head_rule(weights[0]).mixed:
             return "some directions are dense on its weight and some low-rank"
         for weight in weights:
@@ -153,7 +151,9 @@ class Plan:
         return self._head_rule(weights[0]) if weights else None
 
     def _head_rule(self, weight: str) -> HeadRule:
-        return HeadRule(weight, self.entries(weight), self._parameters[weight].device, self.context)
+        rule = HeadRule(weight, self.entries(weight), self._parameters[weight].device, self.context)
+        rule.tied = len(self.sites_of[weight]) > 1
+        return rule
 
     @property
     def needs_rows(self) -> str | None:

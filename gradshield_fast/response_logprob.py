@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from gradshield_fast.batches import IGNORE, PaddedBatch
 from gradshield_fast.errors import ScoringError
-from gradshield_fast.losses import IGNORE, PaddedBatch, accepts
+from gradshield_fast.losses import accepts
 
 
 def place_of(model: torch.nn.Module) -> tuple[torch.device, int | None]:
@@ -49,6 +50,38 @@ def token_logprobs(model: torch.nn.Module, batch: PaddedBatch) -> tuple[torch.Te
     return -torch.nn.functional.cross_entropy(logits, targets, reduction="none"), rows
 
 
+def answer_means(model: torch.nn.Module, batch: PaddedBatch) -> torch.Tensor:
+    """Mean log-probability of each row's labelled tokens.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model around one.
+        batch: the rows, each with a label.
+
+    Returns:
+        Float[Tensor, "rows"] in nats a token, float32 (float64 for a float64 model).
+    """
+    logprob, row = token_logprobs(model, batch)
+    member = torch.nn.functional.one_hot(row, batch.rows).to(logprob.dtype)
+    # not index_add, which is not deterministic on every device; not a product, in which a NaN would spread
+    return torch.where(member > 0, logprob[:, None], 0.0).sum(0) / member.sum(0)
+
+
+def inputs_of(model: torch.nn.Module, batch: PaddedBatch) -> dict[str, Any]:
+    """Say what a model is called with.
+
+    Args:
+        model: the model.
+        batch: the rows, padded on the right; positions count from 0.
+
+    Returns:
+        Argument -> tensor.
+    """
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if accepts(model, "position_ids"):
+        inputs["position_ids"] = torch.arange(batch.tokens, device=batch.input_ids.device).repeat(batch.rows, 1)
+    return inputs
+
+
 def logits_at(model: torch.nn.Module, batch: PaddedBatch, keep: torch.Tensor) -> torch.Tensor:
     """Logits of the next token at some positions only.
 
@@ -67,11 +100,8 @@ def logits_at(model: torch.nn.Module, batch: PaddedBatch, keep: torch.Tensor) ->
     Raises:
         ScoringError: the model's logits are not one for each token.
     """
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    if accepts(model, "position_ids"):
-        inputs["position_ids"] = torch.arange(batch.tokens, device=batch.input_ids.device).repeat(batch.rows, 1)
     with _head_at(model, keep) as picked:
-        logits = model(**inputs, use_cache=False).logits
+        logits = model(**inputs_of(model, batch), use_cache=False).logits
     if picked and logits.shape[:2] == (1, picked[0]):
         logits = logits[0]
     elif not picked and logits.shape[:2] == batch.input_ids.shape:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from gradshield_fast.answers import AnswerEncoder
+from gradshield_fast.batches import padded_batch
 from gradshield_fast.capture import frozen
 from gradshield_fast.chat import Encoded
 from gradshield_fast.errors import InputError
-from gradshield_fast.losses import eager_experts, padded_batch
+from gradshield_fast.fused_answers import FusedAnswers, fused_answers
+from gradshield_fast.losses import eager_experts
 from gradshield_fast.packing import pack
 from gradshield_fast.probes import SafetyProbes
 from gradshield_fast.refusal import refuses
-from gradshield_fast.response_logprob import place_of, token_logprobs
+from gradshield_fast.response_logprob import answer_means, place_of
 from gradshield_fast.safety_report import SafetyReport, check_aligned, check_rate
 from gradshield_fast.weight_gradients import GradientCosine, GradientSum, chosen_weights, each_gradient
 
@@ -78,7 +80,7 @@ def safety_score(
     Source: arXiv:2605.14194 (S as the log-probability of refusals); the margin and the choice of wording are ours.
     """
     with frozen(model), eager_experts(model), torch.no_grad():
-        meter = _Meter(model, tokenizer, probes, score, batch_tokens, refusals_per_probe, progress)
+        meter = Meter(model, tokenizer, probes, score, batch_tokens, refusals_per_probe, progress)
         rate = meter.judge()
         refusals, compliances = meter.refusals(), meter.compliances()
         values = meter.measure(refusals), meter.measure(compliances)
@@ -132,16 +134,17 @@ def safety_gradient(
     total, cosine = GradientSum(), None
     with frozen(model), eager_experts(model):
         with torch.no_grad():
-            meter = _Meter(model, tokenizer, probes, score, batch_tokens, refusals_per_probe, progress)
+            meter = Meter(model, tokenizer, probes, score, batch_tokens, refusals_per_probe, progress)
             rate = meter.judge()
             check_rate(*rate, score, allow_unaligned)
             refusals, compliances = meter.refusals(), meter.compliances()
+            meter.fuse(refusals[:COMPARED], chosen.values())
         with torch.enable_grad(), each_gradient(chosen, total):
             values = meter.measure(refusals, sign=1)
             if score == "refusal_margin":
                 rest = meter.measure(compliances, sign=-1)
         gradient = {name: total.sums[name].div_(len(probes)) for name in chosen if name in total.sums}
-        _check_gradient(gradient, score)
+        check_gradient(gradient, score)
         if score == "refusal_logprob":
             cosine = GradientCosine(gradient)
             with torch.enable_grad(), each_gradient(chosen, cosine):
@@ -157,7 +160,7 @@ def safety_gradient(
 
 
 @dataclass(frozen=True)
-class _Answer:
+class Answer:
     """One prompt with one answer; share is its part in the mean over the probe's answers."""
 
     probe: int
@@ -165,8 +168,12 @@ class _Answer:
     encoded: Encoded
 
 
-class _Meter:
-    """Measures answers to one model's probes; the model is frozen and in evaluation mode."""
+class Meter:
+    """Measures answers to one model's probes; the model is frozen and in evaluation mode.
+
+    Attributes:
+        fused: what runs head and loss in one where gradients are taken; None: the model's own head.
+    """
 
     def __init__(
         self,
@@ -177,7 +184,23 @@ class _Meter:
         batch_tokens: int,
         per_probe: int,
         progress: Progress | None,
+        passes: int = 1,
     ) -> None:
+        """Check the options and count the answers that will be measured.
+
+        Args:
+            model: the model.
+            tokenizer: its tokenizer.
+            probes: what to ask.
+            score: which score the gradient is of.
+            batch_tokens: tokens a pass may hold.
+            per_probe: wordings that are measured on each probe.
+            progress: called with (answers done, answers in all).
+            passes: how often the answers that make up the score are gone through.
+
+        Raises:
+            InputError: an option is wrong.
+        """
         if score not in SCORES:
             raise InputError(f"score must be one of {', '.join(SCORES)}; got {score!r}")
         if per_probe < 1:
@@ -186,6 +209,7 @@ class _Meter:
         self._batch_tokens, self._progress = batch_tokens, progress
         self._device, self._vocabulary = place_of(model)
         self._encoder = AnswerEncoder(tokenizer)
+        self.fused: FusedAnswers | None = None
         self._used: tuple[str, ...] = ()
         self._per_probe = min(per_probe, len(probes.refusals))
         self._own = [probes.own_refusals[i] if probes.own_refusals else "" for i in range(len(probes))]
@@ -193,7 +217,8 @@ class _Meter:
         self._compares = not deals and self._per_probe < len(probes.refusals) and not all(self._own)
         self._done = 0
         self._total = min(JUDGED, len(probes)) + len(probes)
-        self._total += sum(1 if own else self._per_probe for own in self._own)
+        refusals = sum(1 if own else self._per_probe for own in self._own)
+        self._total += passes * refusals + (passes - 1) * (len(probes) if deals else 0)
         self._total += min(COMPARED, len(probes)) * len(probes.refusals) if self._compares else 0
 
     def judge(self) -> tuple[float, int]:
@@ -202,10 +227,10 @@ class _Meter:
         wordings = [*some.refusals, *filter(None, some.own_refusals)]
         starts = [self._encoder.start(prompt, wordings[0], _quoted(prompt)) for prompt in some.prompts]
         refused = refuses(self._model, self._tokenizer, starts, wordings, batch_tokens=self._batch_tokens)
-        self._step(len(some))
+        self.step(len(some))
         return sum(refused) / len(some), len(some)
 
-    def refusals(self) -> list[_Answer]:
+    def refusals(self) -> list[Answer]:
         """The refusals to measure: each probe's own, or those that the model favours, or all of them in turn."""
         wordings = self._probes.refusals
         if self._compares:
@@ -225,12 +250,12 @@ class _Meter:
             answers += [self._answer(i, prompt, text, 1 / len(texts)) for text in texts]
         return answers
 
-    def compliances(self) -> list[_Answer]:
+    def compliances(self) -> list[Answer]:
         """The compliant openings to measure, dealt to the probes in turn."""
         prompts = enumerate(self._probes.prompts)
         return [self._answer(i, prompt, self._probes.compliance_of(i)) for i, prompt in prompts]
 
-    def measure(self, answers: Sequence[_Answer], *, sign: int = 0) -> list[float]:
+    def measure(self, answers: Sequence[Answer], *, sign: int = 0) -> list[float]:
         """Mean log-probability of each answer's tokens; with a sign, a backward pass a batch of sign * sum of them.
 
         The mean over probes is taken by the caller, in float32: small factors would underflow in a float16 backward.
@@ -244,10 +269,27 @@ class _Meter:
                 (means * shares).sum().backward()
             for i, value in zip(batch.positions.tolist(), means.detach().tolist(), strict=True):
                 values[i] = _finite(value)
-            self._step(len(means))
+            self.step(len(means))
         return values
 
-    def measure_cosine(self, answers: Sequence[_Answer], cosine: GradientCosine) -> tuple[list[float], float]:
+    def trial(self, answer: Answer) -> torch.Tensor:
+        """One answer's mean log-probability, with its graph where gradients are on; it does not count as done."""
+        (batch,) = pack([(0, answer.encoded)], batch_tokens=self._batch_tokens)
+        return self._means(vars(batch))
+
+    def fuse(self, answers: Sequence[Answer], weights: Collection[torch.Tensor]) -> None:
+        """Run head and loss in one from now on, where that gives the same and the head's gradient is not asked for.
+
+        Args:
+            answers: a few answers to compare on.
+            weights: the weights whose gradient autograd is to bring.
+        """
+        (batch,) = pack(enumerate(a.encoded for a in answers), batch_tokens=1 << 62, window=len(answers))
+        found = fused_answers(self._model, padded_batch(vars(batch), self._device, self._vocabulary))
+        if found is not None and not any(found.head.module.weight is weight for weight in weights):
+            self.fused = found
+
+    def measure_cosine(self, answers: Sequence[Answer], cosine: GradientCosine) -> tuple[list[float], float]:
         """As `measure`, and the mean cosine of their losses' gradients with the direction."""
         values, cosines = [math.nan] * len(answers), []
         items = ((i, answer.encoded) for i, answer in enumerate(answers))
@@ -259,14 +301,14 @@ class _Meter:
             cosines += [cosine.finish()] * len(means)
             for i, value in zip(batch.positions.tolist(), means.detach().tolist(), strict=True):
                 values[i] = _finite(value)
-            self._step(len(means))
+            self.step(len(means))
         return values, math.fsum(cosines) / len(cosines)
 
     def report(
         self,
         rate: tuple[float, int],
-        refusals: Sequence[_Answer],
-        compliances: Sequence[_Answer],
+        refusals: Sequence[Answer],
+        compliances: Sequence[Answer],
         refusal_values: Sequence[float],
         compliance_values: Sequence[float],
     ) -> SafetyReport:
@@ -289,17 +331,17 @@ class _Meter:
             tokens=sum(len(answer.encoded.input_ids) for answer in (*refusals, *compliances)),
         )
 
-    def _answer(self, probe: int, prompt: str, text: str, share: float = 1.0) -> _Answer:
-        return _Answer(probe, share, self._encoder.encode(prompt, text, _quoted(prompt)))
+    def _answer(self, probe: int, prompt: str, text: str, share: float = 1.0) -> Answer:
+        return Answer(probe, share, self._encoder.encode(prompt, text, _quoted(prompt)))
 
     def _means(self, batch: dict[str, Any]) -> torch.Tensor:
         padded = padded_batch(batch, self._device, self._vocabulary)
-        logprob, row = token_logprobs(self._model, padded)
-        member = torch.nn.functional.one_hot(row, padded.rows).to(logprob.dtype)
-        # not index_add, which is not deterministic on every device; not a product, in which a NaN would spread
-        return torch.where(member > 0, logprob[:, None], 0.0).sum(0) / member.sum(0)
+        if self.fused is not None and torch.is_grad_enabled():
+            return self.fused.means(padded)
+        return answer_means(self._model, padded)
 
-    def _step(self, count: int) -> None:
+    def step(self, count: int) -> None:
+        """Count answers as done."""
         self._done += count
         if self._progress is not None:
             self._progress(self._done, self._total)
@@ -318,7 +360,16 @@ def _quoted(prompt: str) -> str:
     return f"probe {prompt[:40]!r}"
 
 
-def _check_gradient(gradient: dict[str, torch.Tensor], score: str) -> None:
+def check_gradient(gradient: Mapping[str, torch.Tensor], score: str) -> None:
+    """Refuse a gradient that says nothing.
+
+    Args:
+        gradient: weight's name -> gradient, or one side of its factors.
+        score: the score that it is of.
+
+    Raises:
+        InputError: it is zero or not finite.
+    """
     for name, g in gradient.items():
         if not bool(torch.isfinite(g).all()):
             raise InputError(

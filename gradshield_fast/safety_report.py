@@ -33,6 +33,8 @@ class SafetyReport:
         tokens: tokens of all prompts and answers that S was measured on.
         allow_unaligned: the gradient was taken whatever the checks said.
         unused_weights: weights that were selected but that S does not reach; they are not in the gradient.
+        dense_weights: matrices and larger weights whose gradient was held whole although factors were asked for: no
+            rule finds their factors, or factors would take no less memory.
     """
 
     score: str
@@ -48,6 +50,7 @@ class SafetyReport:
     compliance_cosine: float | None = None
     allow_unaligned: bool = False
     unused_weights: tuple[str, ...] = ()
+    dense_weights: tuple[str, ...] = ()
 
     @property
     def aligned(self) -> bool:

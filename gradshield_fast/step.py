@@ -44,6 +44,7 @@ def run_step(
     Returns:
         Float[Tensor, "rows"], the losses, and the batch's sums.
     """
+    line = packed_batch(batch) if call.packed else None
     tally = Tally(
         batch.rows,
         batch.tokens,
@@ -55,9 +56,9 @@ def run_step(
         expected_uses=plan.expected_uses if calibrated else None,
         known_layouts=plan.known_layouts if calibrated else None,
         by_weight=by_weight,
-        line=packed_batch(batch) if call.packed else None,
+        line=line,
     )
-    terms = None if head is None else head.terms()
+    terms = None if head is None else head.terms(batch, line)
     hooks.tally = tally
     try:
         with (

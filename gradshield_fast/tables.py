@@ -102,6 +102,23 @@ def safety_line(safety: Mapping[str, Any]) -> str:
     )
 
 
+def residual_line(residual: float, meta: Mapping[str, Any]) -> str:
+    """Say how much of a direction its low rank leaves out.
+
+    Args:
+        residual: `Direction.residual`.
+        meta: `Direction.meta`.
+
+    Returns:
+        One line.
+    """
+    error = meta.get("low_rank", {}).get("residual_error")
+    if error is None:
+        return f"{residual:.3g} of the norm was dropped by compression"
+    whole = len(meta.get("safety", {}).get("dense_weights", ()))
+    return f"about {residual:.3g} (+- {error:.1g}) of the norm is left out; {whole} matrices were held whole"
+
+
 def _speed_rows(summary: Summary) -> list[tuple[str, Any]]:
     if not summary.seconds:
         return []

@@ -8,6 +8,7 @@ import torch
 
 from gradshield_fast.batches import PackedBatch
 from gradshield_fast.errors import ScoringError
+from gradshield_fast.head_norm import HeadNorm
 from gradshield_fast.layout import Layout, RowAxisLost, by_row, by_token, layout_of, packed_layout, sum_rows, sum_tokens
 from gradshield_fast.ops import ghost_inner, ghost_norm_sq
 
@@ -77,6 +78,7 @@ class Tally:
         self._lengths = None if line is None else line.cu_seqlens.diff().long().to(device)
         self._matrix_uses: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
         self._vector_uses: dict[str, torch.Tensor] = {}
+        self._head_norms: dict[str, HeadNorm] = {}
 
     def layout(self, site: Key, lead: tuple[int, ...]) -> Layout:
         """Find the layout of a call, and hold it against what calibration saw.
@@ -227,14 +229,26 @@ class Tally:
         if self.norm_sq is not None:
             self._once(weight, norm_sq)
 
+    def add_head_norm(self, weight: str, norm: HeadNorm) -> None:
+        """Take in the fused head's use of a weight, which an embedding may have too.
+
+        Args:
+            weight: its name.
+            norm: what the head gave.
+        """
+        self._head_norms[weight] = norm
+
     def finish(self) -> None:
         """Add the norms of weights with several uses, cross terms included.
 
         Raises:
-            ScoringError: two uses of one weight see different numbers of positions.
+            ScoringError: two uses of one weight see different numbers of positions, or the head's weight has a use
+                that is not the embedding of the model's input.
         """
         if self.norm_sq is None:
             return
+        for weight in self._head_norms.keys() - self._matrix_uses.keys():
+            self._once(weight, self._head_norms[weight].norm_sq)
         for weight, uses in self._matrix_uses.items():
             total = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
             counts = sorted({left.shape[0] // self.rows for left, _, _ in uses})
@@ -254,11 +268,16 @@ class Tally:
                         backend=self.backend,
                     )
                     total += (1 if i == j else 2) * inner.to(self.device, torch.float64)
+            if (head := self._head_norms.get(weight)) is not None:
+                total += head.norm_sq.to(self.device, torch.float64)
+                for left, right, _ in uses:
+                    total += 2 * head.inner(weight, left, right).to(self.device, torch.float64)
             self._record(weight, total)
         for weight, v in self._vector_uses.items():
             self._record(weight, v.square().sum(-1))
         self._matrix_uses.clear()
         self._vector_uses.clear()
+        self._head_norms.clear()
 
     def _once(self, weight: str, norm_sq: torch.Tensor) -> None:
         if weight in self.norm_by_weight:

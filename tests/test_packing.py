@@ -34,16 +34,18 @@ def padding(batches: list[Batch]) -> float:
     batch_tokens=st.integers(1, 200),
     window=st.integers(1, 80),
     max_rows=st.none() | st.integers(1, 5),
+    padded=st.booleans(),
 )
 def test_every_row_is_packed_once_within_the_budget(
-    lengths: list[int], batch_tokens: int, window: int, max_rows: int | None
+    lengths: list[int], batch_tokens: int, window: int, max_rows: int | None, padded: bool
 ) -> None:
     items = [(1000 - 3 * n, row(length, first=100 * n)) for n, length in enumerate(lengths)]
-    batches = list(pack(iter(items), batch_tokens=batch_tokens, window=window, pad_id=7, max_rows=max_rows))
+    options = {"batch_tokens": batch_tokens, "window": window, "max_rows": max_rows}
+    batches = list(pack(iter(items), pad_id=7, padded=padded, **options))
     found = {}
     for batch in batches:
         rows, tokens = batch.input_ids.shape
-        assert rows * tokens <= batch_tokens or rows == 1
+        assert (rows * tokens if padded else int(batch.cu_seqlens[-1])) <= batch_tokens or rows == 1
         assert max_rows is None or rows <= max_rows
         assert batch.labels.shape == batch.attention_mask.shape == (rows, tokens)
         assert {a.dtype for a in (batch.input_ids, batch.labels, batch.attention_mask, batch.positions)} == {
@@ -78,6 +80,12 @@ def test_rows_of_one_length_fill_the_budget_without_padding() -> None:
     assert padding(batches) == 0
 
 
+def test_without_padding_a_budget_is_filled_by_rows_of_any_length() -> None:
+    items = [(n, row(length)) for n, length in enumerate([50, 30, 10, 10, 40, 60])]
+    batches = list(pack(iter(items), batch_tokens=100, padded=False))
+    assert [np.diff(batch.cu_seqlens).tolist() for batch in batches] == [[60], [50, 40], [30, 10, 10]]
+
+
 def test_a_longer_row_has_a_batch_of_its_own() -> None:
     batches = list(pack([(0, row(10)), (1, row(500)), (2, row(10))], batch_tokens=64))
     assert [(b.input_ids.shape, b.positions.tolist()) for b in batches] == [((1, 500), [1]), ((2, 10), [0, 2])]
@@ -102,7 +110,7 @@ def test_nothing_gives_nothing() -> None:
 @pytest.mark.parametrize("option", ["batch_tokens", "window", "max_rows"])
 def test_options_below_one_are_errors(option: str) -> None:
     with pytest.raises(InputError, match=rf"{option} must be at least 1: got 0"):
-        list(pack([], **{"batch_tokens": 8, option: 0}))
+        list(pack([], **{"batch_tokens": 8, option: 0}))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("bad", [Encoded([], [], 0, "template_error"), Encoded([1, 2], [-100], 0, "ok")])

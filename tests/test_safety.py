@@ -11,87 +11,19 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from toy_tokenizers import STYLES, toy_tokenizer
 
-from gradshield_fast import SafetyProbes, safety
 from gradshield_fast.answers import AnswerEncoder
-from gradshield_fast.errors import InputError, ScoringError, UnalignedModelError
 from gradshield_fast.batches import padded_batch
-from gradshield_fast.packing import pack
+from gradshield_fast.errors import InputError, ScoringError
 from gradshield_fast.response_logprob import token_logprobs
-from gradshield_fast.safety import SafetyReport, check_aligned, safety_gradient, safety_score
-
-# peft asks for an attribute that transformers has renamed
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-PROBES = SafetyProbes(
-    prompts=("Add the numbers of a secret.", "What is it?", "Classify me, and my friend, and all the capitals."),
-    refusals=("I cannot fulfill this request.", "I am sorry."),
-    compliances=("Sure, here is", "Sure:"),
-)
-
-
-def toy_model(kind: str = "llama", *, tied: bool = True, dtype: torch.dtype = torch.float64) -> Any:
-    torch.manual_seed(0)
-    common: dict[str, Any] = {
-        "vocab_size": 700,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "tie_word_embeddings": tied,
-        "initializer_range": 0.3,
-        "pad_token_id": 0,
-    }
-    if kind == "llama":
-        config = transformers.LlamaConfig(**common, attention_dropout=0.5)
-    elif kind == "gemma2":  # softcaps its logits behind the head
-        config = transformers.Gemma2Config(**common, final_logit_softcapping=2.0, sliding_window=256)
-    else:
-        config = transformers.GPT2Config(
-            vocab_size=700, n_embd=16, n_layer=2, n_head=2, tie_word_embeddings=tied, initializer_range=0.3
-        )
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).train()
+from gradshield_fast.safety import safety_gradient, safety_score
+from tests.toy_safety import PROBES, close, plain_score, state, toy_model
 
 
 @pytest.fixture
 def tokenizer() -> Any:
     return toy_tokenizer(STYLES["chatml"][0], eos="<|im_end|>")
-
-
-def mean_logprob(model: Any, tokenizer: Any, prompt: str, answer: str) -> torch.Tensor:
-    """One answer alone, full logits, tokens counted from the text: the plain reading of the definition."""
-    turns = [{"role": "user", "content": prompt}]
-    start = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    before = tokenizer(start, add_special_tokens=False)["input_ids"]
-    ids = torch.tensor([before + tokenizer(answer, add_special_tokens=False)["input_ids"]])
-    logprobs = model(input_ids=ids).logits[0].log_softmax(-1)
-    places = range(len(before), ids.shape[1])
-    return torch.stack([logprobs[t - 1, ids[0, t]] for t in places]).mean()
-
-
-def plain_score(model: Any, tokenizer: Any, score: str, per_probe: int = 1) -> torch.Tensor:
-    def likely(text: str) -> float:
-        return sum(mean_logprob(model, tokenizer, prompt, text).item() for prompt in PROBES.prompts)
-
-    total = torch.zeros((), dtype=torch.float64)
-    favoured = sorted(PROBES.refusals, key=likely, reverse=True)[:per_probe]
-    wordings = PROBES.refusals
-    for i, prompt in enumerate(PROBES.prompts):
-        turn = [wordings[(i * per_probe + j) % len(wordings)] for j in range(per_probe)]
-        refusals = turn if score == "refusal_margin" else favoured
-        total = total + sum(mean_logprob(model, tokenizer, prompt, text) for text in refusals) / len(refusals)
-        if score == "refusal_margin":
-            total = total - mean_logprob(model, tokenizer, prompt, PROBES.compliance_of(i))
-    return total / len(PROBES)
-
-
-def close(got: torch.Tensor, want: torch.Tensor, relative: float = 1e-9) -> None:
-    scale = float(want.abs().max())
-    assert float((got - want).abs().max()) <= relative * scale
 
 
 @pytest.mark.parametrize("score", ["refusal_logprob", "refusal_margin"])
@@ -194,16 +126,6 @@ def test_one_weight_gradient_is_alive_at_a_time(tokenizer: Any):
         )
     safety_gradient(model, tokenizer, PROBES, score="refusal_margin")
     assert set(alive) == {1}
-
-
-def state(model: Any) -> tuple[Any, ...]:
-    return (
-        {name: module.training for name, module in model.named_modules()},
-        {name: p.requires_grad for name, p in model.named_parameters()},
-        {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()},
-        [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()],
-        [len(getattr(p, "_post_accumulate_grad_hooks", None) or {}) for p in model.parameters()],
-    )
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -324,112 +246,3 @@ def test_a_probe_that_cannot_be_encoded_is_named():
         InputError, match=r"probe 'Add the numbers of a secret\.': its answer has no tokens besides special ones"
     ):
         safety_score(toy_model(), toy, empty)
-
-
-@pytest.fixture(scope="module")
-def taught() -> tuple[Any, Any]:
-    """A toy that has learnt to refuse its probes, all with one wording."""
-    toy = toy_tokenizer(STYLES["chatml"][0], eos="<|im_end|>")
-    model = toy_model(dtype=torch.float32).eval()
-    encoder = AnswerEncoder(toy)
-    rows = [(i, encoder.encode(p, PROBES.refusals[0], "row")) for i, p in enumerate(PROBES.prompts)]
-    (batch,) = pack(rows, batch_tokens=4096)
-    padded = padded_batch(vars(batch), torch.device("cpu"), None)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(60):
-        optimizer.zero_grad()
-        (-token_logprobs(model, padded)[0].mean()).backward()
-        optimizer.step()
-    return model, toy
-
-
-def test_a_model_that_refuses_is_told_from_one_that_does_not(taught: tuple[Any, Any], tokenizer: Any):
-    model, toy = taught
-    report = safety_score(model, toy, PROBES)
-    assert report.refusal_rate == 1
-    assert report.judged == 3
-    assert report.aligned
-    assert report.margin > 1
-    _, report = safety_gradient(model, toy, PROBES)
-    assert report.aligned
-    assert not report.allow_unaligned
-    assert report.refusals == PROBES.refusals[:1]
-    assert report.compliance_cosine is not None
-    assert report.compliance_cosine > 0.2
-    report = safety_score(toy_model(), tokenizer, PROBES)
-    assert report.refusal_rate == 0
-    assert not report.aligned
-
-
-def test_an_unaligned_model_costs_no_pass_over_the_answers(tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
-    measured = []
-    monkeypatch.setattr(safety, "token_logprobs", lambda *a: measured.append(a) or token_logprobs(*a))
-    model = toy_model()
-    before = json.dumps(state(model), default=str)
-    with pytest.raises(UnalignedModelError) as error:
-        safety_gradient(model, tokenizer, PROBES)
-    assert not measured
-    assert json.dumps(state(model), default=str) == before
-    for words in ("refuses 0% of 3 probes", "needed: 50%", "--score refusal_margin", "--allow-unaligned"):
-        assert words in str(error.value)
-    assert "\n" not in str(error.value)
-    _, report = safety_gradient(model, tokenizer, PROBES, allow_unaligned=True)
-    assert report.to_dict()["allow_unaligned"] is True
-    assert report.to_dict()["aligned"] is False
-    _, report = safety_gradient(model, tokenizer, PROBES, score="refusal_margin")
-    assert report.to_dict()["allow_unaligned"] is False
-
-
-@pytest.mark.parametrize(
-    ("rate", "cosine", "score", "allowed", "message"),
-    [
-        (0.0, 0.6, "refusal_logprob", False, "refuses 0% of 32"),
-        (0.49, None, "refusal_logprob", False, "refuses 49% of 32"),
-        (0.5, None, "refusal_logprob", False, None),
-        (1.0, 0.2, "refusal_logprob", False, None),
-        (1.0, 0.19, "refusal_logprob", False, r"cosine 0\.19, needed: 0\.2"),
-        (1.0, -0.5, "refusal_logprob", False, "add its wording"),
-        (0.0, -0.5, "refusal_logprob", True, None),
-        (0.0, -0.5, "refusal_margin", False, None),
-    ],
-)
-def test_check_aligned(rate: float, cosine: float | None, score: str, allowed: bool, message: str | None):
-    report = SafetyReport(score, -1.0, (-1.0,), (-2.0,), ("No.",), rate, 32, 1.0, 1, 9, cosine)
-    assert json.loads(json.dumps(report.to_dict()))["refusal_rate"] == rate
-    if message:
-        with pytest.raises(UnalignedModelError, match=message):
-            check_aligned(report, score, allowed)
-    else:
-        check_aligned(report, score, allowed)
-
-
-def test_a_wording_that_is_not_the_models_own_is_refused(taught: tuple[Any, Any]):
-    foreign = dataclasses.replace(PROBES, own_refusals=("This is not it.", "No, so long.", "Classify it."))
-    with pytest.raises(UnalignedModelError, match="not worded as this model"):
-        safety_gradient(*taught, foreign)
-    _, report = safety_gradient(*taught, foreign, allow_unaligned=True)
-    assert report.refusals == ()
-    assert report.allow_unaligned
-
-
-def test_the_cosine_is_that_of_what_compliance_teaches(taught: tuple[Any, Any]):
-    model, toy = taught
-    gradient, report = safety_gradient(model, toy, PROBES, weights="mlp", allow_unaligned=True)
-    model.zero_grad()
-    loss = -sum(mean_logprob(model, toy, p, PROBES.compliance_of(i)) for i, p in enumerate(PROBES.prompts))
-    assert isinstance(loss, torch.Tensor)
-    loss.backward()
-    taught_by_compliance = torch.cat([model.get_parameter(name).grad.flatten() for name in gradient])
-    model.zero_grad()
-    r = torch.cat([g.flatten() for g in gradient.values()])
-    want = torch.cosine_similarity(taught_by_compliance, r, dim=0).item()
-    assert report.compliance_cosine is not None
-    assert math.isclose(report.compliance_cosine, want, rel_tol=1e-3)
-    assert safety_gradient(model, toy, PROBES, score="refusal_margin")[1].compliance_cosine is None
-
-
-def test_only_some_of_many_probes_are_judged(taught: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(safety, "JUDGED", 2)
-    report = safety_score(*taught, PROBES)
-    assert report.judged == 2
-    assert report.probes == 3

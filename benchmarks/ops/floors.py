@@ -30,6 +30,7 @@ REACHED = {
     "embedding_dot": "rows of r are read where they lie",
     "scale_dot": "g x_hat stays in registers",
     "linear_cross_entropy": "logits stay in registers in the first pass; in the second, g passes through 64 MiB",
+    "varlen_attention": "both passes; scores are made again in the backward pass, and never written",
 }
 
 

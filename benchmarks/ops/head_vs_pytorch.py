@@ -5,7 +5,9 @@
 What is compared, each giving losses and dL/dh:
 
     native      linear_cross_entropy, float32 results within the bound of tests/ops/test_linear_cross_entropy.py
-    native+r    the same with a direction of rank 16, whose ghost dot comes along
+    rounded     the same with exact=False: the gradient is rounded to bfloat16 once, as `plain` rounds it
+    native+r    native with a direction of rank 16, whose ghost dot comes along
+    rounded+r   rounded with that direction
     reference   linear_cross_entropy in blocks of plain PyTorch
     upcast      logits in the inputs' dtype, made float32, then cross-entropy and backward: what Hugging Face models do
     plain       logits, cross-entropy and backward in the inputs' dtype
@@ -33,7 +35,7 @@ from record import device_name
 from gradshield_fast.ops import linear_cross_entropy
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-VARIANTS = ("native", "native+r", "reference", "upcast", "plain")
+VARIANTS = ("native", "rounded", "native+r", "rounded+r", "reference", "upcast", "plain")
 
 
 def inputs(options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -80,7 +82,9 @@ def variants(options: argparse.Namespace) -> dict[str, Callable[[], object]]:
 
     return {
         "native": lambda: linear_cross_entropy(h, weight, labels, backend="native"),
+        "rounded": lambda: linear_cross_entropy(h, weight, labels, exact=False, backend="native"),
         "native+r": lambda: linear_cross_entropy(h, weight, labels, p=p, q=q, backend="native"),
+        "rounded+r": lambda: linear_cross_entropy(h, weight, labels, p=p, q=q, exact=False, backend="native"),
         "reference": lambda: linear_cross_entropy(h, weight, labels, backend="reference"),
         "upcast": lambda: pytorch(True),
         "plain": lambda: pytorch(False),

@@ -35,9 +35,9 @@ import torch
 import transformers
 
 from gradshield_fast.answers import AnswerEncoder
+from gradshield_fast.batches import padded_batch
 from gradshield_fast.chat import ChatEncoder
 from gradshield_fast.errors import GradShieldError, InputError
-from gradshield_fast.batches import padded_batch
 from gradshield_fast.refusal import refuses
 from gradshield_fast.response_logprob import token_logprobs
 

@@ -1,20 +1,18 @@
-// A product's left factor for the matrix unit: 32 rows of it in L1, multiplied by one panel of the right factor.
+// A product's left factor for the matrix unit: 32 rows over some steps of k, as tiles load them.
 //
-// Two kinds. Narrow: bfloat16 numbers as they are. Wide: float32 (or float16) numbers x as three bfloat16 parts,
-// rounded one after the other, of which the products hi hi, hi mid, mid hi, hi lo, lo hi and mid mid are taken; the
-// three others are below 2^-23 |x b| together, and rarely of one sign.
+// Two kinds. Narrow: bfloat16 numbers as they are, from where they lie or copied. Wide: float32 (or float16) numbers x
+// as three bfloat16 parts, rounded one after the other, of which the products hi hi, hi mid, mid hi, hi lo, lo hi and
+// mid mid are taken; the three others are below 2^-23 |x b| together, and rarely of one sign.
 //
-// A row may hold no subnormal number and no magnitude as large as kLimit (so no infinity and no NaN): `copy` says so,
-// and the float32 product runs for these 32 rows. Copying costs a store for each load that the test needs anyway. It
-// gives the tiles whole rows on cache lines' bounds, and a row length that spreads over the sets of L1: rows of 2048
-// numbers would all lie in one.
+// Tiles take a subnormal number for zero: whoever reads x looks for one in the same pass, and the float32 product runs
+// for rows that hold one. An infinity, a NaN or a number too large needs no such look, since it shows in the results.
 #pragma once
 
 #include "common/amx_right.h"
 
 namespace gsf::amx {
 
-// The lines that the next `copy` reads, fetched while the tiles work.
+// The lines that come next, fetched while the tiles work.
 struct Ahead {
   const char* from;  // null: none
   int64_t row_bytes, rows, bytes;
@@ -26,83 +24,63 @@ struct Ahead {
   }
 };
 
-inline void clear_tiles() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-}
+// Remembers whether a subnormal number passed by: only then is the smallest magnitude less one, without a sign, so
+// small (a zero becomes the largest number).
+class Subnormals16 {
+ public:
+  void see(__m512i bits) {
+    smallest_ = _mm512_min_epu16(smallest_, _mm512_sub_epi16(_mm512_add_epi16(bits, bits), _mm512_set1_epi16(1)));
+  }
+  bool any() const { return _mm512_cmplt_epu16_mask(smallest_, _mm512_set1_epi16(0xff)) != 0; }
 
-// acc [4][16][16]: two tiles of rows for the leading products, two for the others
-inline void store_tiles(float* acc) {
-  _tile_stored(0, acc, 64);
-  _tile_stored(1, acc + 256, 64);
-  _tile_stored(2, acc + 512, 64);
-  _tile_stored(3, acc + 768, 64);
-}
+ private:
+  __m512i smallest_ = _mm512_set1_epi16(-1);
+};
 
 struct Narrow {
-  static constexpr int64_t kSteps = 16;  // steps between two additions to the total: no rounding chain exceeds 512
-  static constexpr int64_t kRow = kSteps * kStep + 32;
-  static constexpr int64_t kHalves = kPair * kRow;
+  static constexpr int kParts = 1;
+  static constexpr int64_t kSteps = 24, kCopiedSteps = 16;  // steps between two additions to the total
+  static constexpr int64_t kRow = kSteps * kStep + 32, kCopiedRow = kCopiedSteps * kStep + 32;
+  static constexpr int64_t kHalves = kPair * kCopiedRow;
+  static constexpr int64_t kStepBytes = 64;
   static constexpr float kUnscale = 1.0f;
-  static constexpr int kLimit = 64;  // exponent
 
-  static bool copy(const Matrix& x, int64_t t, int64_t k, int64_t rows, int64_t n, uint16_t* to) {
-    const __m512i magnitude = _mm512_set1_epi16(0x7fff), one = _mm512_set1_epi16(1);
-    __m512i largest = _mm512_setzero_si512(), smallest = _mm512_set1_epi16(-1);
+  // Whether tiles can load x where it lies: whole lines of whole tiles.
+  static bool in_place(const Matrix& x) {
+    return x.cols % kStep == 0 && 2 * x.row_stride % 64 == 0 && reinterpret_cast<uintptr_t>(x.data) % 64 == 0;
+  }
+
+  // Copies rows on lines' bounds, a row's length spreading over the sets of L1; false where a number is subnormal.
+  static bool copy(const Matrix& x, int64_t t, int64_t k, int64_t rows, int64_t n, uint16_t* to, int64_t row) {
+    Subnormals16 seen;
     const auto keep = [&](__m512i bits, uint16_t* at) {
-      const __m512i size = _mm512_and_si512(bits, magnitude);
-      largest = _mm512_max_epu16(largest, size);
-      smallest = _mm512_min_epu16(smallest, _mm512_sub_epi16(size, one));  // a zero becomes the largest number
+      seen.see(bits);
       _mm512_store_si512(at, bits);
     };
     const int64_t whole = n / kStep * kStep;
     const __mmask32 rest = (1u << (n - whole)) - 1;
     for (int64_t r = 0; r < rows; ++r) {
       const char* from = x.data + 2 * ((t + r) * x.row_stride + k);
-      for (int64_t i = 0; i < whole; i += kStep) keep(_mm512_loadu_si512(from + 2 * i), to + r * kRow + i);
-      if (rest != 0) keep(_mm512_maskz_loadu_epi16(rest, from + 2 * whole), to + r * kRow + whole);
+      for (int64_t i = 0; i < whole; i += kStep) keep(_mm512_loadu_si512(from + 2 * i), to + r * row + i);
+      if (rest != 0) keep(_mm512_maskz_loadu_epi16(rest, from + 2 * whole), to + r * row + whole);
     }
-    for (int64_t r = rows; r < kPair; ++r)
-      for (int64_t i = 0; i < n; i += kStep) _mm512_store_si512(to + r * kRow + i, _mm512_setzero_si512());
-    return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16((kLimit + 127) << 7)) == 0 &&
-           _mm512_cmplt_epu16_mask(smallest, _mm512_set1_epi16(0x7f)) == 0;
-  }
-
-  // acc = 32 rows times one panel, over `steps` steps of k
-  static void multiply(const uint16_t* x, const uint16_t* b, int64_t part_size, int splits, int64_t steps,
-                       const Ahead& ahead, float* acc) {
-    clear_tiles();
-    for (int64_t s = 0; s < steps; ++s) {
-      ahead.fetch(s, 64);
-      const uint16_t *left = x + s * kStep, *right = b + s * kTileHalves;
-      _tile_loadd(4, left, 2 * kRow);
-      _tile_loadd(6, right, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, left + kTile * kRow, 2 * kRow);
-      _tile_dpbf16ps(1, 5, 6);
-      if (splits == 3) {
-        _tile_loadd(7, right + part_size, 64);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
-        _tile_loadd(6, right + 2 * part_size, 64);
-        _tile_dpbf16ps(2, 4, 6);
-        _tile_dpbf16ps(3, 5, 6);
-      }
-    }
-    store_tiles(acc);
+    for (int64_t r = rows; r % kTile != 0; ++r)
+      for (int64_t i = 0; i < n; i += kStep) _mm512_store_si512(to + r * row + i, _mm512_setzero_si512());
+    return !seen.any();
   }
 };
 
 struct Wide {
-  static constexpr int64_t kSteps = 6;
-  static constexpr int64_t kRow = kSteps * kStep + 32;
+  static constexpr int kParts = 3;
+  static constexpr int64_t kSteps = 6, kCopiedSteps = kSteps;
+  static constexpr int64_t kRow = kSteps * kStep + 32, kCopiedRow = kRow;
   static constexpr int64_t kPart = kPair * kRow;
   static constexpr int64_t kHalves = 3 * kPart;
+  static constexpr int64_t kStepBytes = 128;
   // x is multiplied by 2^32, so that the low part of the smallest normal number is still a normal number
   static constexpr float kScale = 0x1p32f, kUnscale = 0x1p-32f;
-  static constexpr int kLimit = 32;
+
+  static bool in_place(const Matrix&) { return false; }
 
   // The nearest bfloat16 number, ties away from zero, as the upper half of a float32 number.
   static __m512 rounded(__m512 x) {
@@ -116,13 +94,13 @@ struct Wide {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(here, p));
   }
 
-  static bool copy(const Matrix& x, int64_t t, int64_t k, int64_t rows, int64_t n, uint16_t* to) {
+  static bool copy(const Matrix& x, int64_t t, int64_t k, int64_t rows, int64_t n, uint16_t* to, int64_t row) {
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff), one = _mm512_set1_epi32(1);
     const __m512i upper_halves = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31,
                                                   29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
     const __m512 scale = _mm512_set1_ps(kScale);
-    __m512i largest = _mm512_setzero_si512(), smallest = _mm512_set1_epi32(-1);
-    for (int64_t r = 0; r < kPair; ++r)
+    __m512i smallest = _mm512_set1_epi32(-1);
+    for (int64_t r = 0; r < ceil_div(rows, kTile) * kTile; ++r)
       for (int64_t i = 0; i < n; i += kStep) {
         __m512 rest[2];
         for (int64_t half = 0; half < 2; ++half) {
@@ -130,7 +108,6 @@ struct Wide {
           const char* from = left > 0 ? x.at(t + r, k + first) : x.data;
           const __m512 values = load_some(from, left, x.dtype);
           const __m512i size = _mm512_and_si512(_mm512_castps_si512(values), magnitude);
-          largest = _mm512_max_epu32(largest, size);
           smallest = _mm512_min_epu32(smallest, _mm512_sub_epi32(size, one));
           rest[half] = _mm512_mul_ps(values, scale);
         }
@@ -139,48 +116,11 @@ struct Wide {
           rest[0] = _mm512_sub_ps(rest[0], low);
           rest[1] = _mm512_sub_ps(rest[1], high);
           _mm512_store_si512(
-              to + part * kPart + r * kRow + i,
+              to + part * kPart + r * row + i,
               _mm512_permutex2var_epi16(_mm512_castps_si512(low), upper_halves, _mm512_castps_si512(high)));
         }
       }
-    return _mm512_cmpge_epu32_mask(largest, _mm512_set1_epi32((kLimit + 127) << 23)) == 0 &&
-           _mm512_cmplt_epu32_mask(smallest, _mm512_set1_epi32(0x7fffff)) == 0;
-  }
-
-  static void multiply(const uint16_t* x, const uint16_t* b, int64_t part_size, int splits, int64_t steps,
-                       const Ahead& ahead, float* acc) {
-    clear_tiles();
-    for (int64_t s = 0; s < steps; ++s) {
-      ahead.fetch(s, 128);
-      const uint16_t *left = x + s * kStep, *right = b + s * kTileHalves;
-      _tile_loadd(4, left, 2 * kRow);
-      _tile_loadd(6, right, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, left + kTile * kRow, 2 * kRow);
-      _tile_dpbf16ps(1, 5, 6);
-      if (splits == 3) {
-        _tile_loadd(7, right + part_size, 64);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
-        _tile_loadd(7, right + 2 * part_size, 64);
-        _tile_dpbf16ps(0, 4, 7);  // here, so that neither pair of tiles waits for five products in a row
-        _tile_dpbf16ps(1, 5, 7);
-      }
-      _tile_loadd(4, left + kPart, 2 * kRow);
-      _tile_dpbf16ps(2, 4, 6);
-      _tile_loadd(5, left + kPart + kTile * kRow, 2 * kRow);
-      _tile_dpbf16ps(3, 5, 6);
-      if (splits == 3) {
-        _tile_loadd(7, right + part_size, 64);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-      _tile_loadd(4, left + 2 * kPart, 2 * kRow);
-      _tile_dpbf16ps(2, 4, 6);
-      _tile_loadd(5, left + 2 * kPart + kTile * kRow, 2 * kRow);
-      _tile_dpbf16ps(3, 5, 6);
-    }
-    store_tiles(acc);
+    return _mm512_cmplt_epu32_mask(smallest, _mm512_set1_epi32(0x7fffff)) == 0;
   }
 };
 

@@ -15,7 +15,7 @@ namespace gsf::amx {
 
 constexpr int64_t kTile = 16;         // rows of a tile, and pairs of k in one
 constexpr int64_t kStep = 32;         // k that one tile covers
-constexpr int64_t kPair = 2 * kTile;  // tokens that are multiplied together
+constexpr int64_t kPair = 2 * kTile;  // rows that are multiplied together
 constexpr int64_t kTileHalves = 512;
 
 inline float power_of_two(int exponent) {
@@ -57,7 +57,7 @@ inline bool scales(const Matrix& b, int64_t j, float* packed, float* scale, floa
 }
 
 // One step of k: rows [16 pairs of k][16 columns] of each part, the pair's two numbers side by side.
-inline void split_step(const float* packed, int64_t n, __m512 scale, int splits, uint16_t* to, int64_t part_size) {
+inline void split_step(const float* packed, int64_t n, __m512 scale, int splits, uint16_t* to) {
   const __m512i top = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   for (int64_t pair = 0; pair < kTile; ++pair) {
     __m512 rest[2];
@@ -71,14 +71,14 @@ inline void split_step(const float* packed, int64_t n, __m512 scale, int splits,
         cut[e] = _mm512_and_si512(_mm512_castps_si512(rest[e]), top);
         rest[e] = _mm512_sub_ps(rest[e], _mm512_castsi512_ps(cut[e]));
       }
-      _mm512_storeu_si512(to + part * part_size + pair * 32, _mm512_or_si512(_mm512_srli_epi32(cut[0], 16), cut[1]));
+      _mm512_storeu_si512(to + part * kTileHalves + pair * 32, _mm512_or_si512(_mm512_srli_epi32(cut[0], 16), cut[1]));
     }
   }
 }
 
 inline bool split(const Matrix& b, int64_t panel, int64_t panel_end, int splits, uint16_t* out, float* unscale) {
   alignas(64) float packed[kDepth * kPanel], scale[kPanel];
-  const int64_t steps = ceil_div(b.rows, kStep), part_size = steps * kTileHalves;
+  const int64_t steps = ceil_div(b.rows, kStep);
   for (int64_t j = panel; j < panel_end; ++j) {
     if (!scales(b, j, packed, scale, unscale + j * kPanel)) return false;
     const __m512 by = _mm512_load_ps(scale);
@@ -86,8 +86,7 @@ inline bool split(const Matrix& b, int64_t panel, int64_t panel_end, int splits,
       const int64_t n = least(kDepth, b.rows - k);
       if (b.rows > kDepth) pack_block(b, j, k, n, packed);  // else `scales` left it here
       for (int64_t i = 0; i < n; i += kStep)
-        split_step(packed + i * kPanel, n - i, by, splits, out + j * splits * part_size + (k + i) / kStep * kTileHalves,
-                   part_size);
+        split_step(packed + i * kPanel, n - i, by, splits, out + (j * steps + (k + i) / kStep) * splits * kTileHalves);
     }
   }
   return true;

@@ -15,9 +15,16 @@ constexpr int64_t kPanel = 16;  // columns of the right factor that are multipli
 struct Packed {
   Matrix source;          // [depth, cols]
   const float* panels;    // [ceil(cols / 16)][depth][16]
-  const uint16_t* split;  // [ceil(cols / 16)][splits][ceil(depth / 32)][16 pairs of depth][16 columns][2]
+  const uint16_t* split;  // [ceil(cols / 16)][ceil(depth / 32)][splits][16 pairs of depth][16 columns][2]
   const float* unscale;   // [ceil(cols / 16) * 16], 2^-scale of each column
   int splits;             // 1 or 3
+};
+
+// Which columns of a low-rank direction belong to which of K directions, in rows of whole panels.
+struct Members {
+  const float* of;              // [directions][ceil(ranks / 16) * 16], zero-padded
+  const int64_t *begin, *end;   // [directions]: the panels outside which a direction's row is zero
+  int64_t directions, columns;  // columns: of a row, a multiple of 16
 };
 
 struct Kernels {
@@ -36,9 +43,9 @@ struct Kernels {
   // column whose magnitudes are too far apart). Null where there is no such unit.
   bool (*split)(const Matrix& b, int64_t panel, int64_t panel_end, int splits, uint16_t* split, float* unscale);
 
-  // u[t - first, k] = sum_j member[j, k] z[t, j] w[t - first, j]
-  void (*combine)(const Matrix& z, const float* w, int64_t ld, const float* member, int64_t directions, int64_t first,
-                  int64_t last, float* u, float* scratch);
+  // u[t - first, k] = sum_j member.of[k, j] z[t, j] w[t - first, j], over the panels of direction k
+  void (*combine)(const Matrix& z, const float* w, int64_t ld, const Members& member, int64_t first, int64_t last,
+                  float* u, float* scratch);
 
   // u[t - first] += sum_c z[t, column + c] w[t - first, c] for c < width
   void (*row_dots)(const Matrix& z, int64_t column, int64_t width, const float* w, int64_t ld, int64_t first,

@@ -70,19 +70,25 @@ inline void row_dots(const Matrix& z, int64_t column, int64_t width, const float
                 DType::kFloat32, width, scratch);
 }
 
-inline void combine(const Matrix& z, const float* w, int64_t ld, const float* member, int64_t directions, int64_t first,
-                    int64_t last, float* u, float* scratch) {
+// Lanes of the products add up in one register over a direction's panels, then as a tree.
+inline void combine(const Matrix& z, const float* w, int64_t ld, const Members& member, int64_t first, int64_t last,
+                    float* u, float* scratch) {
+  const bool as_is = z.dtype == DType::kFloat32 && z.col_stride == 1 && z.cols % kPanel == 0;
+  for (int64_t c = z.cols; c < member.columns; ++c) scratch[c] = 0.0f;
   for (int64_t t = first; t < last; ++t) {
-    float* to = u + (t - first) * directions;
-    for (int64_t k = 0; k < directions; ++k) to[k] = 0.0f;
-    for (int64_t j = 0; j < z.cols; j += kPanel) {
-      const int64_t width = least(kPanel, z.cols - j);
-      convert(scratch, z.at(t, j), width, z.col_stride, z.dtype);
-      for (int64_t c = 0; c < width; ++c) {
-        const float term = scratch[c] * w[(t - first) * ld + j + c];
-        const float* belongs = member + (j + c) * directions;
-        for (int64_t k = 0; k < directions; ++k) to[k] += term * belongs[k];
-      }
+    const float *left = scratch, *right = w + (t - first) * ld;
+    if (as_is) {
+      left = reinterpret_cast<const float*>(z.at(t, 0));
+    } else {
+      convert(scratch, z.at(t, 0), z.cols, z.col_stride, z.dtype);
+    }
+    float* to = u + (t - first) * member.directions;
+    for (int64_t k = 0; k < member.directions; ++k) {
+      const float* belongs = member.of + k * member.columns;
+      Vec total = zero();
+      for (int64_t c = member.begin[k] * kPanel; c < member.end[k] * kPanel; c += kPanel)
+        total = fma(mul(load(left + c), load(right + c)), load(belongs + c), total);
+      to[k] = sum(total);
     }
   }
 }

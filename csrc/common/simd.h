@@ -160,6 +160,14 @@ inline Vec load(const char* p, DType dtype) {
 #endif
 
 // Lanes are added in a fixed tree, so that every run gives the same bits.
+#if defined(__AVX512F__)
+inline float sum(Vec x) {
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+#else
 inline float sum(Vec x) {
   float lanes[16];
   store(lanes, x);
@@ -167,6 +175,7 @@ inline float sum(Vec x) {
     for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   return lanes[0];
 }
+#endif
 
 // n elements of a row, as float32; `stride` counts elements.
 inline void convert(float* out, const char* p, int64_t n, int64_t stride, DType dtype) {

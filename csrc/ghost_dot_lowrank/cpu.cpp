@@ -4,6 +4,7 @@
 #include "ghost_dot_lowrank/cpu.h"
 
 #include <cstring>
+#include <vector>
 
 #include "common/packing.h"
 #include "common/pool.h"
@@ -15,6 +16,24 @@ Buffer& packed_store() {
   static thread_local Buffer store;
   return store;
 }
+
+// The rows of `member` [ranks, directions] by direction, and the panels that each has a part in.
+struct Owners {
+  std::vector<float> of;
+  std::vector<int64_t> begin, end;
+
+  Owners(const float* member, int64_t ranks, int64_t directions, int64_t columns)
+      : of(directions * columns), begin(directions, 0), end(directions, 0) {
+    for (int64_t k = 0; k < directions; ++k)
+      for (int64_t j = 0; j < ranks; ++j) {
+        const float share = member[j * directions + k];
+        if (share == 0.0f) continue;
+        of[k * columns + j] = share;
+        if (end[k] == 0) begin[k] = j / kPanel;
+        end[k] = j / kPanel + 1;
+      }
+  }
+};
 
 }  // namespace
 
@@ -42,11 +61,14 @@ void lowrank_contract(const Matrix& z, const Matrix& g, const Matrix& p, const f
   const Kernels& run = kernels(isa);
   const Packed b = pack(run, p, wants_split(run, g, p.cols), threads, packed_store());
   const int64_t panels = ceil_div(p.cols, kPanel), rows = task_rows(run, b, g.rows), ld = panels * kPanel;
+  const Owners owners(member, p.cols, directions, ld);
+  const Members members{owners.of.data(), owners.begin.data(), owners.end.data(), directions, ld};
   parallel(useful_threads(threads, g.rows * g.cols * ld), ceil_div(g.rows, rows), [&](int64_t task) {
     const int64_t first = task * rows, last = least(first + rows, g.rows);
     float* block = block_scratch(0, rows * ld);
     run.product(g, b, first, last, 0, panels, block, ld, kernel_scratch());
-    run.combine(z, block, ld, member, directions, first, last, u + first * directions, kernel_scratch());
+    // a whole row of z passes through the scratch, and may be longer than the kernels' own
+    run.combine(z, block, ld, members, first, last, u + first * directions, block_scratch(1, ld));
   });
   packed_store().trim();
 }

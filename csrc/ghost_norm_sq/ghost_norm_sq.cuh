@@ -3,7 +3,8 @@
 // Maths    s[n] = sum_{t, u in n} (left1[t] . left2[u]) (right1[t] . right2[u])                 form "tokens"
 //               = sum_{o, i} (sum_{t in n} left1[t, o] right1[t, i]) (the same of left2, right2)  form "outer"
 // Blocks   the caller lists the tiles of every example in the form that is cheaper for it; one block for each: the two
-//          matrices of products of its tile stay in registers, their elementwise product leaves as one number
+//          matrices of products of its tile stay in registers, their elementwise product leaves as one number. The list
+//          is made on the device and is as long as the host can bound it: example -1 is a place that stays empty
 // Traffic  form "tokens": for each tile 64 tokens of all four factors; form "outer": for each tile 64 columns of both
 //          sides; items: 16 bytes a tile; parts: 4 bytes a tile; a second kernel adds an example's parts in order
 // Budget   registers: MmaTile 224, FmaTile 128, sum_items 64; no spills
@@ -31,6 +32,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) ghost_inner_ker
   static_assert(Tile::kSharedBytes <= 30 * 1024, "three blocks fit on any multiprocessor from 8.0 on");
   const int32_t* item = p.items + static_cast<int64_t>(blockIdx.x) * 4;
   const int64_t n = load_global(item), first = load_global(item + 1), second = load_global(item + 2);
+  if (n < 0) {
+    if (threadIdx.x == 0) store_global(p.parts + blockIdx.x, 0.0f);
+    return;
+  }
   const float weight = static_cast<float>(load_global(item + 3));
   const int64_t start = load_global(p.cu_seqlens + n), end = load_global(p.cu_seqlens + n + 1);
   char* shared = dynamic_shared();

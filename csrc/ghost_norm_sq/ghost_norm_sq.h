@@ -16,7 +16,7 @@ struct GhostInnerParams {
   Factor left1, right1, left2, right2;
   int64_t left_width, right_width, tokens;
   const int64_t* cu_seqlens;  // [examples + 1], contiguous
-  const int32_t* items;       // [count, 4]: example, first tile, second tile, weight
+  const int32_t* items;       // [count, 4]: example or -1, first tile, second tile, weight
   float* parts;               // [count], every element written
   int64_t count;
   bool same;  // left1 is left2 and right1 is right2

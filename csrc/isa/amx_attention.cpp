@@ -6,11 +6,7 @@
 namespace gsf::attention {
 
 const Kernels kAmx = {
-    "amx",
-    amx_attention::forward_bytes,
-    amx_attention::forward,
-    amx_attention::backward_bytes,
-    amx_attention::backward,
+    "amx", amx_attention::forward_bytes, amx_attention::forward, amx_attention::backward_bytes, amx_attention::backward,
 };
 
 }  // namespace gsf::attention

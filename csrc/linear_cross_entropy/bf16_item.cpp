@@ -4,12 +4,12 @@
 
 #include <initializer_list>
 
-#include "csrc/linear_cross_entropy/head.h"
+#include "linear_cross_entropy/head.h"
 
 #define GRADSHIELD_UNIT 1
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,avx512bf16")
 
-#include "csrc/linear_cross_entropy/item.h"
+#include "linear_cross_entropy/item.h"
 
 namespace gradshield::head {
 

@@ -3,7 +3,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "csrc/linear_cross_entropy/head.h"
+#include "linear_cross_entropy/head.h"
 
 namespace gradshield::head {
 namespace {

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "csrc/linear_cross_entropy/head.h"
+#include "linear_cross_entropy/head.h"
 
 namespace gradshield::head {
 

@@ -3,8 +3,8 @@
 #include <cmath>
 #include <cstring>
 
-#include "csrc/linear_cross_entropy/element.h"
-#include "csrc/linear_cross_entropy/head.h"
+#include "linear_cross_entropy/element.h"
+#include "linear_cross_entropy/head.h"
 
 namespace gradshield::head {
 namespace {

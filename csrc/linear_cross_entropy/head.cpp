@@ -1,15 +1,11 @@
 // How the fused head's work is cut and shared among threads.
-#include "csrc/linear_cross_entropy/head.h"
+#include "linear_cross_entropy/head.h"
 
 #include <algorithm>
-#include <atomic>
-#include <exception>
-#include <mutex>
-#include <system_error>
-#include <thread>
-#include <vector>
 
-#include "csrc/linear_cross_entropy/element.h"
+#include "common/memory.h"
+#include "common/pool.h"
+#include "linear_cross_entropy/element.h"
 
 namespace gradshield::head {
 namespace {
@@ -18,37 +14,21 @@ int64_t ceil_div(int64_t x, int64_t y) {
   return (x + y - 1) / y;
 }
 
-// Bytes of the packed block of the vocabulary, and of acc, that share a core's L2 with each other.
-constexpr int64_t kBlockBytes = 1 << 21, kMaxGroupPairs = 16, kWideSteps = 32;
+// Bytes of W packed for either product, which take half of a core's L2; the window that makes reading and writing acc
+// cheap beside the second product; the tokens that share what is packed.
+constexpr int64_t kPackedBytes = 1 << 20, kWindowSteps = 16, kMaxGroupPairs = 32;
 
-// Workers that live for one call, so that a fork between calls finds none. Which of them takes an item changes no bit.
-template <typename Work>
-void parallel(const Kernel& kernel, int threads, int64_t items, int64_t scratch_bytes, const Work& work) {
-  std::atomic<int64_t> next{0};
-  std::exception_ptr failure;
-  std::mutex guard;
-  auto worker = [&] {
-    try {
-      const Buffer<uint8_t> scratch = allocate<uint8_t>(scratch_bytes);
-      kernel.begin_thread();
-      for (int64_t item; (item = next.fetch_add(1)) < items;) work(item, scratch.get());
-      kernel.end_thread();
-    } catch (...) {
-      const std::lock_guard<std::mutex> lock(guard);
-      failure = std::current_exception();
-      next = items;
-    }
-  };
-  std::vector<std::thread> others;
-  try {
-    for (int i = 1; i < std::min<int64_t>(threads, items); ++i) others.emplace_back(worker);
-  } catch (const std::system_error&) {
-    // fewer threads than asked for do the same work
-  }
-  worker();
-  for (std::thread& thread : others) thread.join();
-  if (failure) std::rethrow_exception(failure);
-}
+// The unit's state while a thread works on an item.
+class Tiles {
+ public:
+  explicit Tiles(const Kernel& kernel) : kernel_(kernel) { kernel_.begin_thread(); }
+  ~Tiles() { kernel_.end_thread(); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+
+ private:
+  const Kernel& kernel_;
+};
 
 // Leaving terms out counts on errors that cancel over many words. They do not in a column that few words have a part
 // in, so a vocabulary that is short, or a weight whose sampled rows are mostly zeros, is taken with every term.
@@ -80,20 +60,20 @@ Plan make_plan(const Problem& problem) {
   plan.column_pairs = plan.k_steps + plan.rank_pairs;
   plan.pairs = ceil_div(problem.tokens, kPair);
 
-  const int64_t step_bytes =
-      2 * kTileBytes *
-      (plan.k_steps * (2 * plan.terms_w + problem.directions * plan.terms_r) + plan.rank_pairs * plan.terms_p);
-  plan.steps_per_block = std::clamp<int64_t>(kBlockBytes / step_bytes, 2, 7);
+  const int64_t step_bytes = 2 * kTileBytes * plan.k_steps * (plan.terms_w + problem.directions * plan.terms_r);
+  plan.steps_per_block = std::clamp<int64_t>(kPackedBytes / step_bytes, 2, kWindowSteps);
+  plan.steps_per_window = kWindowSteps / plan.steps_per_block * plan.steps_per_block;
+  const int64_t column_bytes = 2 * kTileBytes * plan.steps_per_window * plan.terms_w;
+  plan.slice_pairs = std::clamp<int64_t>(kPackedBytes / column_bytes, 1, plan.k_steps);
 
   plan.groups = ceil_div(plan.pairs, kMaxGroupPairs);
   plan.group_pairs = ceil_div(plan.pairs, std::max<int64_t>(plan.groups, 1));
-  // Wide rows: L2 holds the tiles of either product, but not of both beside a pair's sums.
-  plan.pairs_at_once = plan.k_steps > kWideSteps ? plan.group_pairs : 1;
-  // Enough items for many cores, yet few enough that the chunks' partial sums stay small beside one row of logits.
+  // Enough items for many cores, yet few enough that the chunks' partial sums stay small beside one row of logits; an
+  // even number, for the cores of small machines.
   const int64_t wanted = ceil_div(32, std::max<int64_t>(plan.groups, 1));
-  const int64_t chunks = std::max<int64_t>(1, std::min({wanted, vocabulary / (8 * d + 1), vocabulary / 1024}));
-  const int64_t block_words = plan.steps_per_block * kPair;
-  plan.words_per_chunk = ceil_div(ceil_div(vocabulary, chunks), block_words) * block_words;
+  const int64_t chunks =
+      std::max<int64_t>(1, std::min({wanted, (vocabulary / (8 * d + 1) + 1) / 2 * 2, vocabulary / 1024}));
+  plan.words_per_chunk = ceil_div(ceil_div(vocabulary, chunks), kPair) * kPair;
   plan.chunks = ceil_div(vocabulary, plan.words_per_chunk);
   return plan;
 }
@@ -112,14 +92,15 @@ void run(const Problem& problem, Level upto) {
   const Buffer<double> dot = allocate<double>(each * problem.directions);
   const Partial partial = {acc.get(), top.get(), sum.get(), dot.get()};
   const int64_t pair_bytes = packed_h_bytes / plan.pairs;
-  parallel(kernel, problem.threads, plan.pairs, 0,
-           [&](int64_t pair, uint8_t*) { kernel.pack_h(problem, plan, pair, packed.get() + pair * pair_bytes); });
-  parallel(kernel, problem.threads, plan.groups * plan.chunks, kernel.scratch_bytes(problem, plan),
-           [&](int64_t item, uint8_t* scratch) {
-             kernel.run_item(problem, plan, packed.get(), partial, item % plan.groups, item / plan.groups, scratch);
-           });
-  parallel(kernel, problem.threads, plan.pairs, 0,
-           [&](int64_t pair, uint8_t*) { finish_pair(problem, plan, partial, pair); });
+  gsf::parallel(problem.threads, plan.pairs,
+                [&](int64_t pair) { kernel.pack_h(problem, plan, pair, packed.get() + pair * pair_bytes); });
+  gsf::parallel(problem.threads, plan.groups * plan.chunks, [&](int64_t item) {
+    static thread_local gsf::Buffer scratch;
+    uint8_t* memory = scratch.get<uint8_t>(kernel.scratch_bytes(problem, plan));
+    const Tiles tiles(kernel);
+    kernel.run_item(problem, plan, packed.get(), partial, item % plan.groups, item / plan.groups, memory);
+  });
+  gsf::parallel(problem.threads, plan.pairs, [&](int64_t pair) { finish_pair(problem, plan, partial, pair); });
 }
 
 }  // namespace gradshield::head

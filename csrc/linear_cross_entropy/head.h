@@ -6,9 +6,11 @@
 #include <memory>
 #include <new>
 
+#include "common/matrix.h"
+
 namespace gradshield::head {
 
-enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
+using Dtype = gsf::DType;
 
 // A matrix of any non-negative strides, counted in elements; rows or columns beyond its size are never touched.
 struct Matrix {
@@ -45,10 +47,11 @@ struct Problem {
 // How the work is cut: a function of the problem alone, never of the threads, so that the bits are the same.
 struct Plan {
   int64_t k_steps, rank_pairs, column_pairs;  // d in 32s, ranks in 32s, their sum
-  int64_t pairs, group_pairs, groups;         // tokens in 32s; groups of them that share a packed block
+  int64_t pairs, group_pairs, groups;         // tokens in 32s; groups of them that share packed words
   int64_t words_per_chunk, chunks;            // the vocabulary, cut for the threads
-  int64_t steps_per_block;                    // words in 32s that are packed at once
-  int64_t pairs_at_once;                      // pairs whose first products are all done before their second ones
+  int64_t steps_per_block;                    // words in 32s whose rows are packed at once, for the first product
+  int64_t steps_per_window;                   // words in 32s whose P is kept until the second product; whole blocks
+  int64_t slice_pairs;                        // columns in 32s that are packed at once, for the second product
   int terms_h, terms_w, terms_p, terms_r;
   bool half_rank_pair;  // the last 32 ranks are 16 or fewer
   bool every_term;      // leave no term of the shares out

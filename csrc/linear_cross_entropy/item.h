@@ -7,19 +7,21 @@
 // Tiles:   products are [16 words, 16 tokens] and [16 columns, 16 tokens]: a lane is a token everywhere, so the largest
 //          logit, the sums, the rescaling and P's way into the second product need no shuffle
 //
-// Traffic: W is read once per group of tokens and repacked block by block into L2 (row tiles for z, transposed ones for
-//          acc); acc of 32 tokens is read and written once per block; P lives in L1 and L2, z in registers and 4 KB
+// Traffic: W is read twice per group of tokens, for either product of a window, and repacked into L2 part by part (row
+//          tiles for z, transposed ones for acc); h is read once per block, acc read and written once per window; P is
+//          written and read once per window and slice of columns
 //
-// Floats:  every float operand is a sum of bf16 terms, P of all three; see `decide` for what is left out when
+// Floats:  every float operand is a sum of bf16 terms, P of all three, or of one where it may be rounded; see `decide`
+//          for what is left out when
 #pragma once
 
 #include <immintrin.h>
 
-#include "csrc/linear_cross_entropy/head.h"
-#include "csrc/linear_cross_entropy/scratch.h"
-#include "csrc/linear_cross_entropy/softmax.h"
-#include "csrc/linear_cross_entropy/tiles.h"
-#include "csrc/linear_cross_entropy/vector.h"
+#include "linear_cross_entropy/head.h"
+#include "linear_cross_entropy/scratch.h"
+#include "linear_cross_entropy/softmax.h"
+#include "linear_cross_entropy/tiles.h"
+#include "linear_cross_entropy/vector.h"
 
 namespace gradshield::head {
 namespace {
@@ -48,7 +50,7 @@ void direction_step(const Problem& problem, const Plan& plan, const Scratch& s, 
 
 // First product and softmax of a block for one pair of token tiles. False: a logit outgrew its reference, `above` says
 // by how much, and nothing of the block counts.
-template <bool kCap, bool kOneTerm>
+template <bool kCap, bool kOneTerm, bool kRounded>
 __attribute__((noinline)) bool softmax_block(const Problem& problem, const Plan& plan, const Scratch& s,
                                              const Block& block, Token& token, const uint8_t* tokens,
                                              const __mmask16* valid, bool fresh, double* dot, __m512* above) {
@@ -68,7 +70,7 @@ __attribute__((noinline)) bool softmax_block(const Problem& problem, const Plan&
     const int64_t last = step == 0 ? 0 : step - 1;
     const float* ready = s.z + (last & turns) * runs * 1024;
     float* z = s.z + (step & turns) * runs * 1024;
-    uint8_t* shares = s.shares + last * kMaxTerms * 2 * kTileBytes;
+    uint8_t* shares = s.shares + last * (kRounded ? 1 : kMaxTerms) * 2 * kTileBytes;
     Lanes lanes[2];
     for (int64_t half = 0; half < 2; ++half) {
       const __m512 zero = _mm512_setzero_ps();
@@ -76,14 +78,15 @@ __attribute__((noinline)) bool softmax_block(const Problem& problem, const Plan&
     }
     int64_t done = step == 0 ? kTile : 0;
     auto between = [&] {
-      for (int64_t i = 0; i < units && done < kTile; ++i, ++done) two_words<kCap>(c, ready, done, lanes, shares);
+      for (int64_t i = 0; i < units && done < kTile; ++i, ++done)
+        two_words<kCap, kRounded>(c, ready, done, lanes, shares);
     };
     if (step < block.steps) {
       run_product<kOneTerm>(plan, runs - 1, s.rows + step * row_bytes, plan.terms_w, tokens, z, between);
       hide_words(token, block.word + step * kPair, block.word_end, hidden(c.scale), z);
       if (step == 0 && fresh) first_top<kCap>(c, z, token);
     }
-    for (; done < kTile; ++done) two_words<kCap>(c, ready, done, lanes, shares);
+    for (; done < kTile; ++done) two_words<kCap, kRounded>(c, ready, done, lanes, shares);
     if (step == 0) continue;
     for (int64_t half = 0; half < 2; ++half) above[half] = lanes[half].above;
     const __m512 most = _mm512_max_ps(above[0], above[1]);
@@ -93,29 +96,38 @@ __attribute__((noinline)) bool softmax_block(const Problem& problem, const Plan&
       if (fresh) __builtin_memcpy(token.top, now.top, sizeof token.top);
       return false;
     }
-    const int first = decide(token, 0, lanes[0], valid[0]), second = decide(token, 1, lanes[1], valid[1]);
-    const int wanted = plan.every_term ? kMaxTerms : first > second ? first : second;
-    const int terms = wanted < plan.most_terms ? wanted : plan.most_terms;
+    const int first = decide<kRounded>(token, 0, lanes[0], valid[0]);
+    const int second = decide<kRounded>(token, 1, lanes[1], valid[1]);
+    const int terms = plan.every_term ? kMaxTerms : first > second ? first : second;
     s.terms[last] = static_cast<uint8_t>(terms);
-    for (int64_t half = 0; half < 2 && terms < 3; ++half) enter(token, half, lanes[half], terms);
+    for (int64_t half = 0; half < 2 && terms < (kRounded ? 1 : 3); ++half) enter(token, half, lanes[half], terms);
     if (dense) direction_step(problem, plan, s, last, tokens, dot);
   }
   return true;
 }
 
-// The second products of a block for one pair of token tiles: columns of W, then of p, whose shares keep every term.
-void multiply_block(const Plan& plan, const Scratch& s, const Block& block, Ahead& ahead, float* acc) {
-  Adder adder(block.steps);
-  for (int64_t i = 0; i < plan.column_pairs; ++i) {
-    ahead.some();
-    const bool of_p = i >= plan.k_steps;
-    const int terms = of_p ? plan.terms_p : plan.terms_w;
-    const bool half = of_p && i + 1 == plan.column_pairs && plan.half_rank_pair;
-    const auto product = half         ? (terms == 1 ? second_product<true, false> : second_product<false, false>)
-                         : terms == 1 ? second_product<true, true>
-                                      : second_product<false, true>;
-    product(columns_at(plan, s, i), terms, s.shares, s.terms, block.steps, of_p ? plan.most_terms : 0, adder, acc + i * 1024);
+using SecondProduct = void (*)(const uint8_t*, int, const uint8_t*, int, const uint8_t*, int64_t, Adder&, float*);
+
+// Columns of p take every term of P that there is.
+SecondProduct second_product_for(const Plan& plan, int64_t pair) {
+  const bool of_p = pair >= plan.k_steps, half = pair + 1 == plan.column_pairs && plan.half_rank_pair;
+  const bool one = (of_p ? plan.terms_p : plan.terms_w) == 1;
+  if (of_p && plan.most_terms == 1) {
+    if (half) return one ? second_product<true, false, 1> : second_product<false, false, 1>;
+    return one ? second_product<true, true, 1> : second_product<false, true, 1>;
   }
+  if (of_p && half) return one ? second_product<true, false, 3> : second_product<false, false, 3>;
+  if (of_p) return one ? second_product<true, true, 3> : second_product<false, true, 3>;
+  return one ? second_product<true, true, 0> : second_product<false, true, 0>;
+}
+
+// The second products of a window for one pair of token tiles and pairs [first, last) of columns.
+void multiply_slice(const Plan& plan, const Scratch& s, int64_t steps, int64_t first, int64_t last, int64_t stride,
+                    float* acc) {
+  Adder adder(steps);
+  for (int64_t i = first; i < last; ++i)
+    second_product_for(plan, i)(s.columns + (i - first) * stride, i >= plan.k_steps ? plan.terms_p : plan.terms_w,
+                                s.shares, plan.most_terms, s.terms, steps, adder, acc + i * 1024);
   adder.rest();
 }
 
@@ -165,6 +177,47 @@ void end_thread() {
 #endif
 }
 
+Block block_of(int64_t word, int64_t end, int64_t most_steps) {
+  const int64_t steps = (end - word + kPair - 1) / kPair;
+  return {word, end, steps < most_steps ? steps : most_steps};
+}
+
+using SoftmaxBlock = bool (*)(const Problem&, const Plan&, const Scratch&, const Block&, Token&, const uint8_t*,
+                              const __mmask16*, bool, double*, __m512*);
+
+template <bool kOneTerm, bool kRounded>
+SoftmaxBlock softmax_block_for(const Problem& problem) {
+  return problem.softcap > 0 ? softmax_block<true, kOneTerm, kRounded> : softmax_block<false, kOneTerm, kRounded>;
+}
+
+// First product and softmax of a block, at a step of its window, for one pair of token tiles.
+void softmax_pair(const Problem& problem, const Plan& plan, const Scratch& s, const Block& block, int64_t step,
+                  Token& token, const uint8_t* packed_h, const Partial& out, int64_t chunk, int64_t pair,
+                  int64_t pair_start) {
+  const bool one = plan.terms_w == 1 && plan.terms_h == 1, rounded = plan.most_terms == 1;
+  const SoftmaxBlock softmax =
+      one ? (rounded ? softmax_block_for<true, true>(problem) : softmax_block_for<true, false>(problem))
+          : (rounded ? softmax_block_for<false, true>(problem) : softmax_block_for<false, false>(problem));
+  const int64_t at = chunk * plan.pairs + pair, left = problem.tokens - pair * kPair;
+  const uint32_t live = left >= kPair ? ~0u : (1u << left) - 1;
+  const __mmask16 valid[2] = {static_cast<__mmask16>(live), static_cast<__mmask16>(live >> 16)};
+  const uint8_t* packed = packed_h + pair * plan.k_steps * plan.terms_h * 2 * kTileBytes;
+  const Scratch mine = of_pair(plan, s, pair - pair_start, step);
+  const int64_t dot_size = problem.directions * kPair;
+  float* acc = out.acc + at * plan.column_pairs * 1024;
+  double* dot = out.dot + at * dot_size;
+  __m512 above[2];
+  bool fresh = block.word == chunk * plan.words_per_chunk;
+  const Buffer<double> kept = allocate<double>(dot_size);
+  __builtin_memcpy(kept.get(), dot, dot_size * sizeof(double));
+  while (!softmax(problem, plan, mine, block, token, packed, valid, fresh, dot, above)) {
+    __builtin_memcpy(dot, kept.get(), dot_size * sizeof(double));
+    rescale(problem, plan, token, above, mine.shares - step * share_bytes(plan), step, acc, dot);
+    __builtin_memcpy(kept.get(), dot, dot_size * sizeof(double));
+    fresh = false;
+  }
+}
+
 void run_item(const Problem& problem, const Plan& plan, const uint8_t* packed_h, const Partial& out, int64_t group,
               int64_t chunk, uint8_t* scratch) {
   int64_t used = 0;
@@ -187,41 +240,23 @@ void run_item(const Problem& problem, const Plan& plan, const uint8_t* packed_h,
     __builtin_memset(out.acc + at * acc_size, 0, acc_size * sizeof(float));
     if (dot_size > 0) __builtin_memset(out.dot + at * dot_size, 0, dot_size * sizeof(double));
   }
-  const bool one = plan.terms_w == 1 && plan.terms_h == 1;
-  const auto softmax = problem.softcap > 0 ? (one ? softmax_block<true, true> : softmax_block<true, false>)
-                                           : (one ? softmax_block<false, true> : softmax_block<false, false>);
-  for (int64_t word = start; word < end; word += plan.steps_per_block * kPair) {
-    Block block = {word, end, (end - word + kPair - 1) / kPair};
-    if (block.steps > plan.steps_per_block) block.steps = plan.steps_per_block;
-    pack_block(problem, plan, s, word, end, block.steps);
-    tile_loads_follow();
-    const int64_t next = word + plan.steps_per_block * kPair, next_end = next + plan.steps_per_block * kPair;
-    Ahead ahead(problem.weight, next, next_end < end ? next_end : end, (pair_end - pair_start) * plan.column_pairs);
-    for (int64_t pair = pair_start; pair < pair_end; ++pair) {
-      Token& token = tokens[pair - pair_start];
-      const int64_t at = chunk * plan.pairs + pair, left = problem.tokens - pair * kPair;
-      const uint32_t live = left >= kPair ? ~0u : (1u << left) - 1;
-      const __mmask16 valid[2] = {static_cast<__mmask16>(live), static_cast<__mmask16>(live >> 16)};
-      const uint8_t* packed = packed_h + pair * plan.k_steps * plan.terms_h * 2 * kTileBytes;
-      const Scratch mine = of_pair(plan, s, (pair - pair_start) % plan.pairs_at_once);
-      float* acc = out.acc + at * acc_size;
-      double* dot = out.dot + at * dot_size;
-      __m512 above[2];
-      bool fresh = word == start;
-      const Buffer<double> kept = allocate<double>(dot_size);
-      __builtin_memcpy(kept.get(), dot, dot_size * sizeof(double));
-      while (!softmax(problem, plan, mine, block, token, packed, valid, fresh, dot, above)) {
-        __builtin_memcpy(dot, kept.get(), dot_size * sizeof(double));
-        rescale(problem, plan, token, above, acc, dot);
-        __builtin_memcpy(kept.get(), dot, dot_size * sizeof(double));
-        fresh = false;
-      }
+  for (int64_t word = start; word < end; word += plan.steps_per_window * kPair) {
+    const Block window = block_of(word, end, plan.steps_per_window);
+    for (int64_t step = 0; step < window.steps; step += plan.steps_per_block) {
+      const Block block = block_of(word + step * kPair, end, plan.steps_per_block);
+      pack_block(problem, plan, s, block);
       tile_loads_follow();
-      const int64_t done = (pair - pair_start) % plan.pairs_at_once + 1;
-      if (done < plan.pairs_at_once && pair + 1 < pair_end) continue;
-      for (int64_t i = 0; i < done; ++i)
-        multiply_block(plan, of_pair(plan, s, i), block, ahead,
-                       out.acc + (chunk * plan.pairs + pair + 1 - done + i) * acc_size);
+      for (int64_t pair = pair_start; pair < pair_end; ++pair)
+        softmax_pair(problem, plan, s, block, step, tokens[pair - pair_start], packed_h, out, chunk, pair, pair_start);
+    }
+    for (int64_t first = 0, last; first < plan.column_pairs; first = last) {
+      const int64_t columns = first < plan.k_steps ? plan.k_steps : plan.column_pairs;
+      last = first + slice_pairs(plan, first) < columns ? first + slice_pairs(plan, first) : columns;
+      const int64_t stride = pack_slice(problem, plan, s, window, first, last);
+      tile_loads_follow();
+      for (int64_t pair = pair_start; pair < pair_end; ++pair)
+        multiply_slice(plan, of_pair(plan, s, pair - pair_start, 0), window.steps, first, last, stride,
+                       out.acc + (chunk * plan.pairs + pair) * acc_size);
     }
   }
   for (int64_t pair = pair_start; pair < pair_end; ++pair) {

@@ -4,8 +4,8 @@
 
 #include <initializer_list>
 
-#include "csrc/linear_cross_entropy/head.h"
-#include "csrc/linear_cross_entropy/vector.h"
+#include "linear_cross_entropy/head.h"
+#include "linear_cross_entropy/vector.h"
 
 namespace gradshield::head {
 namespace {
@@ -78,8 +78,8 @@ struct Terms {
   __m512 hi, mid, lo;
 };
 
-// One word of a step for 16 tokens: P, its sums, and its three bf16 terms in the upper halves.
-template <bool kCap>
+// One word of a step for 16 tokens: P, its sums, and its three bf16 terms, or P rounded, in the upper halves.
+template <bool kCap, bool kRounded>
 GRADSHIELD_INLINE Terms one_word(const Softmax& c, const float* z, int64_t at, int dither, Lanes& lanes, __m512& sum) {
   const __m512 y = sum_runs(z, c.runs, at);
   __mmask16 keep;
@@ -87,12 +87,13 @@ GRADSHIELD_INLINE Terms one_word(const Softmax& c, const float* z, int64_t at, i
   const __m512 x = logit<kCap>(y, c.scale, c.softcap, lanes.top, &keep, &slope);
   lanes.above = _mm512_max_ps(lanes.above, x);
   __m512 share = exp_where(keep, x);
-  lanes.pull = _mm512_mask3_fmadd_ps(share, x, lanes.pull, keep);
+  if (!kRounded) lanes.pull = _mm512_mask3_fmadd_ps(share, x, lanes.pull, keep);
   sum = _mm512_add_ps(sum, share);
   if (kCap) share = _mm512_maskz_mul_ps(keep, share, slope);
   if (c.share_floats != nullptr) _mm512_store_ps(c.share_floats + at, share);
   Terms terms;
   terms.hi = nearest(share);
+  if (kRounded) return terms;
   const __m512 rest = _mm512_sub_ps(share, terms.hi);
   terms.mid = chop(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(rest), _mm512_set1_epi32(dither))));
   terms.lo = _mm512_sub_ps(rest, terms.mid);
@@ -100,16 +101,17 @@ GRADSHIELD_INLINE Terms one_word(const Softmax& c, const float* z, int64_t at, i
 }
 
 // Words 2 `row`, 2 `row` + 1 of a step for 32 tokens, zipped for the second product.
-template <bool kCap>
+template <bool kCap, bool kRounded>
 GRADSHIELD_INLINE void two_words(const Softmax& c, const float* z, int64_t row, Lanes* lanes, uint8_t* shares) {
   const int even = static_cast<int>(kDither[2 * row]), odd = static_cast<int>(kDither[2 * row + 1]);
 #pragma GCC unroll 2
   for (int half = 0; half < 2; ++half) {
     const int64_t at = ((row >> 3) * 2 + half) * 256 + (row & 7) * 32;
-    const Terms first = one_word<kCap>(c, z, at, even, lanes[half], lanes[half].sum_even);
-    const Terms second = one_word<kCap>(c, z, at + 16, odd, lanes[half], lanes[half].sum_odd);
+    const Terms first = one_word<kCap, kRounded>(c, z, at, even, lanes[half], lanes[half].sum_even);
+    const Terms second = one_word<kCap, kRounded>(c, z, at + 16, odd, lanes[half], lanes[half].sum_odd);
     uint8_t* out = shares + half * kTileBytes + row * 64;
     _mm512_store_si512(out, zip_upper(first.hi, second.hi));
+    if (kRounded) continue;
     _mm512_store_si512(out + 2 * kTileBytes, zip_upper(first.mid, second.mid));
     _mm512_store_si512(out + 4 * kTileBytes, zip_upper(first.lo, second.lo));
   }
@@ -161,7 +163,8 @@ void first_top(const Softmax& c, const float* z, Token& token) {
 //   - the second, while all words without it hold less than 2^-14 of the sum: one term is off by 2^-8 at most;
 //   - the first, while all words without any hold less than 2^-25 of it.
 //
-// Returns the number of terms, and enters the step's sums.
+// Returns the number of terms, and enters the step's sums. Where P is rounded, the second and third rule go.
+template <bool kRounded>
 GRADSHIELD_INLINE int decide(Token& token, int64_t half, const Lanes& lanes, __mmask16 valid) {
   const int64_t at = half * 16;
   const __m512 sum = _mm512_add_ps(lanes.sum_even, lanes.sum_odd);
@@ -180,9 +183,9 @@ GRADSHIELD_INLINE int decide(Token& token, int64_t half, const Lanes& lanes, __m
                                        _mm512_mul_ps(whole, _mm512_set1_ps(0x1p-10f)));
   const __m512 square = _mm512_fmadd_ps(_mm512_mul_ps(exp_or_nothing(lanes.above), _mm512_set1_ps(0x1p-10f)), sum,
                                         _mm512_load_ps(token.squares + at));
-  if (exceeds(square, _mm512_mul_ps(reach, reach))) return 3;
+  if (!kRounded && exceeds(square, _mm512_mul_ps(reach, reach))) return 3;
   const __m512 coarse = _mm512_add_ps(_mm512_load_ps(token.coarse + at), sum);
-  if (exceeds(coarse, _mm512_mul_ps(whole, _mm512_set1_ps(0x1p-14f)))) return 2;
+  if (!kRounded && exceeds(coarse, _mm512_mul_ps(whole, _mm512_set1_ps(0x1p-14f)))) return 2;
   const __m512 dropped = _mm512_add_ps(_mm512_load_ps(token.dropped + at), sum);
   return exceeds(dropped, _mm512_mul_ps(whole, _mm512_set1_ps(0x1p-25f))) ? 1 : 0;
 }
@@ -197,8 +200,30 @@ GRADSHIELD_INLINE void enter(Token& token, int64_t half, const Lanes& lanes, int
   _mm512_store_ps(counter + at, _mm512_add_ps(_mm512_load_ps(counter + at), amount));
 }
 
+// One step of P for 16 tokens, made relative to a new reference. A rounded P is rounded again, which counts for no more
+// than one move: e^-20 is left of it at the next.
+void rescale_shares(int terms, __mmask16 grown, __m512 factor, uint8_t* shares) {
+  for (int64_t row = 0; row < kTile; ++row) {
+    __m512i* tile[kMaxTerms];
+    __m512 even = _mm512_setzero_ps(), odd = even;
+    for (int j = terms - 1; j >= 0; --j) {
+      tile[j] = reinterpret_cast<__m512i*>(shares + j * 2 * kTileBytes + row * 64);
+      const __m512i both = _mm512_load_si512(tile[j]);
+      even = _mm512_add_ps(even, _mm512_castsi512_ps(_mm512_slli_epi32(both, 16)));
+      odd = _mm512_add_ps(odd, chop(_mm512_castsi512_ps(both)));
+    }
+    even = _mm512_mul_ps(even, factor), odd = _mm512_mul_ps(odd, factor);
+    for (int j = 0; j < terms; ++j) {
+      const __m512 first = nearest(even), second = nearest(odd);
+      _mm512_mask_store_epi32(tile[j], grown, zip_upper(first, second));
+      even = _mm512_sub_ps(even, first), odd = _mm512_sub_ps(odd, second);
+    }
+  }
+}
+
 // Move the reference of the lanes that have outgrown it, and everything that is relative to it.
-void rescale(const Problem& problem, const Plan& plan, Token& token, const __m512* above, float* acc, double* dot) {
+void rescale(const Problem& problem, const Plan& plan, Token& token, const __m512* above, uint8_t* shares,
+             int64_t steps, float* acc, double* dot) {
   for (int64_t half = 0; half < 2; ++half) {
     const int64_t at = half * 16;
     const __mmask16 grown = _mm512_cmp_ps_mask(above[half], _mm512_set1_ps(kHeadroom), _CMP_GT_OQ);
@@ -214,6 +239,8 @@ void rescale(const Problem& problem, const Plan& plan, Token& token, const __m51
     _mm512_store_ps(token.squares + at, _mm512_mul_ps(_mm512_load_ps(token.squares + at), factor));
     for (float* x : {token.whole, token.pull, token.squares, token.coarse, token.dropped})
       _mm512_store_ps(x + at, _mm512_mul_ps(_mm512_load_ps(x + at), factor));
+    for (int64_t i = 0; i < steps; ++i)
+      rescale_shares(plan.most_terms, grown, factor, shares + (i * plan.most_terms * 2 + half) * kTileBytes);
     for (int64_t tile = half; tile < plan.column_pairs * 4; tile += 2)
       for (int64_t i = 0; i < 16; ++i) {
         float* x = acc + tile * 256 + i * 16;

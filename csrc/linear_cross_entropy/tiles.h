@@ -2,8 +2,8 @@
 // Included by item.h alone.
 #pragma once
 
-#include "csrc/linear_cross_entropy/scratch.h"
-#include "csrc/linear_cross_entropy/unit.h"
+#include "linear_cross_entropy/scratch.h"
+#include "linear_cross_entropy/unit.h"
 
 namespace gradshield::head {
 namespace {
@@ -38,8 +38,10 @@ class Adder {
 
  private:
   inline __attribute__((always_inline)) void add(int64_t count) {
-    for (int64_t i = 0; i < count; i += 16)
+    for (int64_t i = 0; i < count; i += 16) {
+      _mm_prefetch(reinterpret_cast<const char*>(to_ + i + 1024), _MM_HINT_T0);  // of the next pair of columns
       _mm512_store_ps(to_ + i, _mm512_add_ps(_mm512_load_ps(to_ + i), _mm512_load_ps(from_ + i)));
+    }
     to_ += count, from_ += count, left_ -= count;
   }
 
@@ -49,16 +51,17 @@ class Adder {
   const float* from_ = nullptr;
 };
 
-// The second product of one pair of column tiles over a block: [32 columns, 32 tokens], to be added to acc.
-template <bool kOneTermOfW, bool kBoth>
+// The second product of one pair of column tiles over some steps: [32 columns, 32 tokens], to be added to acc.
+// kTerms: of P in every step, or 0 where `terms` says it for each.
+template <bool kOneTermOfW, bool kBoth, int kTerms>
 __attribute__((noinline)) void second_product(const uint8_t* columns, int column_terms, const uint8_t* shares,
-                                              const uint8_t* terms, int64_t steps, int fixed_terms, Adder& adder,
+                                              int share_terms, const uint8_t* terms, int64_t steps, Adder& adder,
                                               float* acc) {
   Unit unit;
   unit.zero();
   for (int64_t i = 0; i < steps; ++i) {
-    const int count = fixed_terms > 0 ? fixed_terms : terms[i];
-    const uint8_t* share = shares + i * kMaxTerms * 2 * kTileBytes;
+    const int count = kTerms > 0 ? kTerms : terms[i];
+    const uint8_t* share = shares + i * share_terms * 2 * kTileBytes;
     if (count > 0 && kOneTermOfW) {
       unit.step<kBoth>(columns + i * 2 * kTileBytes, 1, share, count);
     } else if (count > 0) {

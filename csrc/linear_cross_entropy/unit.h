@@ -2,7 +2,7 @@
 // pairs at once where it is 1, and as floats where it is 0.
 #pragma once
 
-#include "csrc/linear_cross_entropy/vector.h"
+#include "linear_cross_entropy/vector.h"
 
 namespace gradshield::head {
 namespace {

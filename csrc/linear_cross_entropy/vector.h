@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "csrc/linear_cross_entropy/head.h"
+#include "linear_cross_entropy/head.h"
 
 namespace gradshield::head {
 
@@ -64,7 +64,7 @@ GRADSHIELD_INLINE __m512 nearest(__m512 x) {
 // 32 values of a row as `terms` rows of 32 bf16 whose sum is exactly the value.
 GRADSHIELD_INLINE void load_terms(const Matrix& x, int64_t row, int64_t k, int terms, __m512i* out) {
   Two rest;
-  if (x.dtype == Dtype::kBfloat16 && x.col_stride == 1) {
+  if (x.dtype == Dtype::kBFloat16 && x.col_stride == 1) {
     const int64_t left = row < x.rows ? x.cols - k : 0;
     const __mmask32 mask = left >= 32 ? ~__mmask32(0) : left <= 0 ? 0 : (__mmask32(1) << left) - 1;
     const uint16_t* from = static_cast<const uint16_t*>(x.data) + row * x.row_stride + k;

@@ -1,6 +1,7 @@
 // Runs every kernel of every instruction set that is here on buffers of exactly the size they need, against sums in
 // double. It is compiled with the address and undefined-behaviour sanitizers: a read or write one element too far ends
 // it.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -14,6 +15,7 @@
 #include "ghost_norm_sq/cpu.h"
 #include "ghost_project/cpu.h"
 #include "scale_dot/cpu.h"
+#include "varlen_attention/cpu.h"
 
 namespace {
 
@@ -149,6 +151,59 @@ void examples(Isa isa, int64_t tokens, int64_t d_in, int64_t d_out, DType dtype,
   }
 }
 
+// Rows of these lengths, two heads to a key head; outputs to a few roundings to bfloat16.
+void attention(Isa isa, const std::vector<int64_t>& lengths, int64_t kv_heads, int64_t d, int64_t window, float softcap,
+               int threads) {
+  if (gsf::attention_isa(isa) == nullptr) return;
+  std::vector<int64_t> bounds = {0};
+  for (const int64_t n : lengths) bounds.push_back(bounds.back() + n);
+  const int64_t tokens = bounds.back(), heads = 2 * kv_heads, rows = static_cast<int64_t>(lengths.size());
+  const Random q(tokens, heads * d, 3, false, DType::kBFloat16), k(tokens, kv_heads * d, 0, false, DType::kBFloat16);
+  const Random v(tokens, kv_heads * d, 1, false, DType::kBFloat16);
+  const Random dout(tokens, heads * d, 0, false, DType::kBFloat16);
+  const auto view = [d](const Random& x) { return gsf::attention::Tokens{x.narrow.data(), x.matrix.row_stride, d}; };
+  const float scale = 1 / std::sqrt(static_cast<float>(d));
+  const gsf::attention::Problem problem = {view(q),  view(k), view(v), tokens,  heads,
+                                           kv_heads, d,       scale,   softcap, std::min(window, tokens + 64)};
+  std::vector<uint16_t> out(tokens * heads * d), dq(tokens * heads * d), dk(tokens * kv_heads * d), dv(dk.size());
+  std::vector<float> lse(heads * tokens);
+  gsf::attention_forward(problem, {out.data(), lse.data()}, bounds.data(), rows, threads, isa);
+  const gsf::attention::Tokens outs = {out.data(), heads * d, d};
+  gsf::attention_backward(problem, {outs, view(dout), lse.data(), dq.data(), dk.data(), dv.data()}, bounds.data(), rows,
+                          threads, isa);
+  const auto number = [](uint16_t bits) {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float x;
+    std::memcpy(&x, &wide, 4);
+    return static_cast<double>(x);
+  };
+  for (int64_t n = 0; n < rows; ++n)
+    for (int64_t t = bounds[n]; t < bounds[n + 1]; ++t)
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t from = std::max(bounds[n], t - window + 1), key = h / 2;
+        std::vector<double> p(t + 1 - from);
+        double total = 0;
+        for (int64_t u = from; u <= t; ++u) {
+          double z = 0;
+          for (int64_t i = 0; i < d; ++i) z += q.at(t, h * d + i) * k.at(u, key * d + i) * scale;
+          if (softcap > 0) z = softcap * std::tanh(z / softcap);
+          total += p[u - from] = std::exp(z);
+        }
+        check("attention's lse", isa, lse[h * tokens + t], std::log(total), 8);
+        for (int64_t i = 0; i < d; ++i) {
+          double truth = 0, size = 0;
+          for (int64_t u = from; u <= t; ++u) {
+            truth += p[u - from] / total * v.at(u, key * d + i);
+            size += p[u - from] / total * std::fabs(v.at(u, key * d + i));
+          }
+          check("attention", isa, number(out[(t * heads + h) * d + i]), truth, size * 0x1p13);
+          if (!std::isfinite(number(dq[(t * heads + h) * d + i]))) ++failures;
+        }
+      }
+  for (size_t i = 0; i < dk.size(); ++i)
+    if (!std::isfinite(number(dk[i])) || !std::isfinite(number(dv[i]))) ++failures;
+}
+
 }  // namespace
 
 int main() {
@@ -164,6 +219,12 @@ int main() {
             dense(isa, s[0], s[1], s[2], dtype, transposed, threads);
             if (!transposed) examples(isa, s[0], s[1], s[2], dtype, threads);
           }
+    for (const int threads : {1, 3}) {
+      attention(isa, {1, 0, 33}, 1, 40, 1000, 0.0f, threads);
+      attention(isa, {31, 150}, 2, 64, 70, 0.0f, threads);
+      attention(isa, {300}, 1, 1, 1000, 2.0f, threads);
+      attention(isa, {600}, 1, 33, 1, 0.0f, threads);
+    }
     std::printf("%s: done\n", gsf::kernels(isa).name);
   }
   return failures == 0 ? 0 : 1;

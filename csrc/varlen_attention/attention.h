@@ -30,9 +30,9 @@ struct Forward {
 
 struct Backward {
   Tokens out, dout;
-  const float* lse;     // [heads, tokens]
-  uint16_t *dq;         // [tokens, heads, d]
-  uint16_t *dk, *dv;    // [tokens, kv_heads, d]
+  const float* lse;   // [heads, tokens]
+  uint16_t* dq;       // [tokens, heads, d]
+  uint16_t *dk, *dv;  // [tokens, kv_heads, d]
 };
 
 // A share of the work that no other one writes to: the queries [first, last) of the heads that share one key head, in

@@ -5,7 +5,8 @@
 //          dV = P^T dO,  dK = dS^T Q scale,  dQ^T = K^T dS^T scale              z': the softcap's derivative
 //          Keys down the rows, queries along them: lse and D are plain vectors, P^T and dS^T are left factors as they
 //          are, and pairs of dS^T's rows are the right factor of dQ^T.
-// Traffic  q, dout: one read each as rows and as columns, packed 2 x 2 B an element; k, v: one read for the group's heads;
+// Traffic  q, dout: one read each as rows and as columns, packed 2 x 2 B an element; k, v: one read for the group's
+// heads;
 //          P, dS: 128 x 128 at a time, in L1 and L2; dk, dv: 4 B an element in L2, read and written once for every 128
 //          queries of a head
 #pragma once
@@ -17,14 +18,14 @@ namespace gsf::GSF_ISA {
 constexpr int64_t kSquare = 4;  // blocks of queries, and blocks of keys, whose P and dS are held together
 
 struct BackwardScratch {
-  uint16_t *keys, *keys_turned, *values;                // [blocks][2][steps]; [steps][2][blocks]; as keys
-  uint16_t *queries, *gradients;                        // [kSquare][2][steps] Q^T, dO^T
-  uint16_t *queries_zipped, *gradients_zipped;          // [steps][2][kSquare] Q, dO
-  uint16_t *shares, *slopes, *slopes_zipped;            // [kSquare][2][kSquare] P^T, dS^T; dS^T zipped
-  float *scores, *dots;                                 // one result each: S^T, dP^T
-  float *dq;                                            // [kSquare][steps] results, transposed
-  float *dk, *dv;                                       // [blocks][steps] results
-  float *lse, *d;                                       // [kSquare * kBlock], lse in units of log 2
+  uint16_t *keys, *keys_turned, *values;        // [blocks][2][steps]; [steps][2][blocks]; as keys
+  uint16_t *queries, *gradients;                // [kSquare][2][steps] Q^T, dO^T
+  uint16_t *queries_zipped, *gradients_zipped;  // [steps][2][kSquare] Q, dO
+  uint16_t *shares, *slopes, *slopes_zipped;    // [kSquare][2][kSquare] P^T, dS^T; dS^T zipped
+  float *scores, *dots;                         // one result each: S^T, dP^T
+  float* dq;                                    // [kSquare][steps] results, transposed
+  float *dk, *dv;                               // [blocks][steps] results
+  float *lse, *d;                               // [kSquare * kBlock], lse in units of log 2
   int64_t bytes;
 };
 
@@ -72,7 +73,8 @@ inline void pack_keys(const Problem& p, const Item& item, const BackwardScratch&
       const int64_t token = item.start + j * kBlock, first = (2 * j * steps + i) * tile, second = first + steps * tile;
       const Window k = window(p.k, token, end, item.kv_head, i * kBlock, p.d);
       put_rows(k, s.keys + first, s.keys + second);
-      put_zipped_turned(k, s.keys_turned + (2 * i * blocks + j) * tile, s.keys_turned + ((2 * i + 1) * blocks + j) * tile);
+      put_zipped_turned(k, s.keys_turned + (2 * i * blocks + j) * tile,
+                        s.keys_turned + ((2 * i + 1) * blocks + j) * tile);
       put_rows(window(p.v, token, end, item.kv_head, i * kBlock, p.d), s.values + first, s.values + second);
     }
 }
@@ -182,7 +184,8 @@ inline void square_slopes(const Problem& p, const Square& x, const BackwardScrat
       product<false>({s.keys + packed, tile, steps * tile}, {s.queries + held, tile, steps * tile}, steps, s.scores);
       product<false>({s.values + packed, tile, steps * tile}, {s.gradients + held, tile, steps * tile}, steps, s.dots);
       tiles_follow();
-      uint16_t *share = s.shares + (2 * at * kSquare + slot) * tile, *slope = s.slopes + (2 * at * kSquare + slot) * tile;
+      uint16_t *share = s.shares + (2 * at * kSquare + slot) * tile,
+               *slope = s.slopes + (2 * at * kSquare + slot) * tile;
       uint16_t* zip_first = s.slopes_zipped + (2 * slot * kSquare + at) * tile;
       uint16_t* zip_second = zip_first + kSquare * tile;
       const bool masked = partly_seen(p, block, key);
@@ -212,8 +215,8 @@ inline void square_keys(const Problem& p, const Square& x, bool first_head, cons
     const int64_t left = (2 * (key - x.keys) * kSquare + first - x.queries) * tile;
     for (int64_t i = 0; i < steps; ++i) {
       const int64_t right = (2 * i * kSquare + first - x.queries) * tile, to = (key * steps + i) * kSums;
-      add_product(add, {s.shares + left, tile, kSquare * tile}, {s.gradients_zipped + right, tile, kSquare * tile}, count,
-                  s.dv + to);
+      add_product(add, {s.shares + left, tile, kSquare * tile}, {s.gradients_zipped + right, tile, kSquare * tile},
+                  count, s.dv + to);
       add_product(add, {s.slopes + left, tile, kSquare * tile}, {s.queries_zipped + right, tile, kSquare * tile}, count,
                   s.dk + to);
     }
@@ -237,6 +240,7 @@ inline void square_queries(const Problem& p, const Square& x, int64_t blocks, co
 
 inline void backward(const Problem& p, const attention::Backward& with, const Item& item, uint8_t* memory) {
   const MatrixUnit unit;
+  const NoSubnormals quick;
   const BackwardScratch s = share_backward(p, item, memory);
   const int64_t steps = ceil_div(p.d, kBlock), blocks = ceil_div(item.length, kBlock);
   const Two scale = {_mm512_set1_ps(p.scale), _mm512_set1_ps(p.scale)};

@@ -57,9 +57,8 @@ bool attention_forward(const Problem& problem, const attention::Forward& to, con
                        int threads, Isa isa) {
   const attention::Kernels* best = kernels_of(isa);
   if (best == nullptr) return false;
-  run_items(problem, bounds, rows, kQueries, threads, [&](const Item& item) {
-    best->forward(problem, to, item, scratch(best->forward_bytes(problem, item)));
-  });
+  run_items(problem, bounds, rows, kQueries, threads,
+            [&](const Item& item) { best->forward(problem, to, item, scratch(best->forward_bytes(problem, item))); });
   return true;
 }
 

@@ -1,8 +1,8 @@
 // Attention's forward pass for one item.
 //
 // Maths    S^T = K Q^T,  P^T = exp(S^T - top),  O^T = V^T P^T / sum P        keys down the rows, queries along them
-//          The softmax's maxima and sums then run down columns: plain vector sums, none across lanes. Up to 256 keys are
-//          taken at once; where a row is longer, O^T and the sums are rescaled as `top` grows.
+//          The softmax's maxima and sums then run down columns: plain vector sums, none across lanes. Up to 256 keys
+//          are taken at once; where a row is longer, O^T and the sums are rescaled as `top` grows.
 // Traffic  q, out: one read, one write; k, v: one read for the group's heads, packed 2 x 2 B an element into L2;
 //          S: 32 KB and P: 16 KB in L1
 #pragma once
@@ -11,12 +11,13 @@
 
 namespace gsf::GSF_ISA {
 
-constexpr int64_t kChunk = 8;  // blocks of keys between two rescalings; more than 2, or a window could hide a whole chunk
+constexpr int64_t kChunk =
+    8;  // blocks of keys between two rescalings; more than 2, or a window could hide a whole chunk
 
 struct ForwardScratch {
-  uint16_t *keys, *values;  // [blocks][2][steps] rows of K; [steps][2][blocks] V^T
+  uint16_t *keys, *values;     // [blocks][2][steps] rows of K; [steps][2][blocks] V^T
   uint16_t *queries, *shares;  // [2][steps] Q^T; [2][kChunk] P^T
-  float *scores, *sums;  // [kChunk] results; [steps] results
+  float *scores, *sums;        // [kChunk] results; [steps] results
   int64_t bytes;
 };
 
@@ -156,6 +157,7 @@ inline void forward_block(const Problem& p, const attention::Forward& to, const 
 
 inline void forward(const Problem& p, const attention::Forward& to, const Item& item, uint8_t* memory) {
   const MatrixUnit unit;
+  const NoSubnormals quick;
   const ForwardScratch s = share_forward(p, item, memory);
   const Blocks keys = seen_by(p, item.first, item.last);
   const int64_t steps = ceil_div(p.d, kBlock), packed = keys.last - keys.first, end = item.start + item.last;

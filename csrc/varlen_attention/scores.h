@@ -34,8 +34,8 @@ inline __mmask16 sees(const Problem& p, int64_t query, int64_t key) {
   return static_cast<__mmask16>(((1u << to) - 1) & ~((1u << from) - 1));
 }
 
-// exp2 of (factor s) is exp of the scaled score. With a softcap, or a factor that is not positive, scores are changed in
-// place first (`bend`), and the factor is 1.
+// exp2 of (factor s) is exp of the scaled score. With a softcap, or a factor that is not positive, scores are changed
+// in place first (`bend`), and the factor is 1.
 inline bool bends(const Problem& p) {
   return p.softcap > 0 || !(p.scale > 0);
 }

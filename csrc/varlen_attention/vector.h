@@ -13,6 +13,19 @@
 
 namespace gsf::GSF_ISA {
 
+// Subnormal numbers are zeros for the time of an item, as they are on the matrix unit: a vector of probabilities that
+// underflow would else take a hundred times as long.
+class NoSubnormals {
+ public:
+  NoSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~NoSubnormals() { _mm_setcsr(before_); }
+  NoSubnormals(const NoSubnormals&) = delete;
+  NoSubnormals& operator=(const NoSubnormals&) = delete;
+
+ private:
+  unsigned before_;
+};
+
 struct Two {
   __m512 low, high;
 };
@@ -41,7 +54,8 @@ inline __m512i narrow(__m512 low, __m512 high) {
 }
 #else
 inline __m512i round_in_place(__m512 x) {
-  const __m512i bits = _mm512_castps_si512(x), last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i bits = _mm512_castps_si512(x),
+                last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);  // a NaN's bits must not carry over into infinity
   return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
@@ -115,7 +129,8 @@ inline __attribute__((always_inline)) __m512 exp2(__m512 x) {
 
 constexpr float kLog2E = 0x1.715476p+0f, kLn2 = 0x1.62e43p-1f;
 
-// Natural logarithm of a positive number, by the series of 2 atanh((m - 1) / (m + 1)) for the significand m in [3/4, 3/2).
+// Natural logarithm of a positive number, by the series of 2 atanh((m - 1) / (m + 1)) for the significand m in [3/4,
+// 3/2).
 inline __m512 log(__m512 x) {
   const __m512 m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
   const __m512 e = _mm512_getexp_ps(_mm512_div_ps(x, m));
@@ -134,7 +149,8 @@ inline Two tanh_and_slope(__m512 x) {
   const __m512 one = _mm512_set1_ps(1.f), e = exp2(_mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(-2 * kLog2E)));
   const __m512 inverse = _mm512_div_ps(one, _mm512_add_ps(one, e)), sign = _mm512_and_ps(x, _mm512_set1_ps(-0.f));
   const __m512 size = _mm512_mul_ps(_mm512_sub_ps(one, e), inverse);
-  return {_mm512_or_ps(sign, size), _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(4.f), e), _mm512_mul_ps(inverse, inverse))};
+  return {_mm512_or_ps(sign, size),
+          _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(4.f), e), _mm512_mul_ps(inverse, inverse))};
 }
 
 }  // namespace gsf::GSF_ISA

@@ -9,6 +9,7 @@ from gradshield_fast.ops.ghost_norm_sq import ghost_inner, ghost_norm_sq
 from gradshield_fast.ops.ghost_project import ghost_project
 from gradshield_fast.ops.linear_cross_entropy import HeadLoss, linear_cross_entropy
 from gradshield_fast.ops.scale_dot import scale_dot
+from gradshield_fast.ops.varlen_attention import varlen_attention
 
 __all__ = [
     "HeadLoss",
@@ -22,4 +23,5 @@ __all__ = [
     "ghost_project",
     "linear_cross_entropy",
     "scale_dot",
+    "varlen_attention",
 ]

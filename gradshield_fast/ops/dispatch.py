@@ -39,6 +39,18 @@ def register(op: str, backends: Mapping[str, ModuleType]) -> Mapping[str, Module
     return backends
 
 
+def room(op: str) -> Mapping[str, ModuleType]:
+    """Look up an op's backends.
+
+    Args:
+        op: the op's name.
+
+    Returns:
+        Name -> module, as they were registered.
+    """
+    return _ROOMS[op]
+
+
 def run(op: str, backend: str, function: str, inputs: Sequence[Any], *args: Any) -> Any:
     """Run one of an op's functions on the backend that suits its inputs, and tell those who listen (`record`).
 

@@ -1,6 +1,7 @@
-"""Which backend was fastest: measured once for an op, a device and a class of shapes, kept on disk, open to read.
+"""Which backend, or tiling of a kernel, was fastest: measured once for a device and a class of shapes, kept on disk.
 
-Only on a GPU does `auto` ask here. On a CPU the order of a room and its modules' `not_for_auto` decide.
+Only on a GPU do `auto` and the Triton kernels ask here. On a CPU the order of a room and its modules' `not_for_auto`
+decide. What one process has kept counts for all that share the file, until it is cleared: two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import json
 import os
 import statistics
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,8 +50,8 @@ def measurements() -> Table:
     """Read what was measured and what was preferred.
 
     Returns:
-        "op | device | shapes" -> {"backend", "milliseconds": {backend: median}}; "op" -> {"backend"} where a person
-        preferred one.
+        "op | device | shapes" -> {"backend", "milliseconds": {backend: median}}, or the same of a kernel and its
+        tilings; "op" -> {"backend"} where a person preferred one.
     """
     with _LOCK:
         return {key: dict(entry) for key, entry in _table().items()}
@@ -74,9 +75,11 @@ def prefer(op: str, backend: str) -> None:
     Raises:
         InputError: the cache folder cannot be written.
     """
-    with _LOCK:
-        _table()[op] = {"backend": backend}
-        _save()
+    with _LOCK, _alone(cache_file()):
+        stored = _read(cache_file())
+        stored[op] = {"backend": backend}
+        _save(stored)
+        _table().update(stored)
 
 
 def shape_class(inputs: Sequence[Any]) -> str:
@@ -111,30 +114,67 @@ def preferred(op: str) -> str | None:
         return _table().get(op, {}).get("backend")
 
 
+def known(op: str, device: str, inputs: Sequence[Any]) -> str | None:
+    """Look up what was fastest, without measuring.
+
+    Args:
+        op: as in `fastest`.
+        device: as in `fastest`.
+        inputs: as in `fastest`.
+
+    Returns:
+        The name, or None where it was not measured.
+    """
+    with _LOCK:
+        return _table().get(_key(op, device, inputs), {}).get("backend")
+
+
 def fastest(
     op: str,
     device: str,
     inputs: Sequence[Any],
     calls: Mapping[str, Callable[[], Any]],
     clock: Callable[[Callable[[], Any]], float],
+    *,
+    alike: Collection[str] | None = None,
+    gain: float = 0.0,
 ) -> str:
-    """Give the fastest backend for inputs of this kind, and measure where that is not known.
+    """Give the fastest backend or tiling for inputs of this kind, and measure where that is not known.
 
     Args:
-        op: the op's name.
+        op: the op's name, or the kernel's.
         device: the device's name, as in "NVIDIA H100 80GB HBM3".
         inputs: tensors whose dtypes and shapes make the class.
-        calls: backend -> the op on these inputs; a call that raises is out of the race.
+        calls: name -> the op on these inputs; a call that raises is out of the race.
         clock: runs a call and gives its milliseconds.
+        alike: names that may be taken where the answer cannot be kept on disk; None: all.
+        gain: share of the first one's time that another must save to be taken in its place.
 
     Returns:
-        The backend's name.
+        The name.
     """
-    key = f"{op} | {device} | {shape_class(inputs)}"
+    key = _key(op, device, inputs)
+    found = known(op, device, inputs)
+    if found is not None and found in calls:
+        return found
+    medians = _race(calls, clock)
+    if not medians:
+        return next(iter(calls))
     with _LOCK:
-        known = _table().get(key, {}).get("backend")
-    if known is not None and known in calls:
-        return known
+        try:
+            return _keep(key, _entry(medians, calls, gain), calls)
+        except InputError:  # it is measured again next time
+            least = {name: ms for name, ms in medians.items() if alike is None or name in alike} or medians
+            _table()[key] = _entry(least, calls, gain)
+            return _table()[key]["backend"]
+
+
+def _key(op: str, device: str, inputs: Sequence[Any]) -> str:
+    return f"{op} | {device} | {shape_class(inputs)}"
+
+
+def _race(calls: Mapping[str, Callable[[], Any]], clock: Callable[[Callable[[], Any]], float]) -> dict[str, float]:
+    """Time calls in turns; the median of each that does not raise."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(ROUNDS + 1):
         for name in list(times):
@@ -146,15 +186,27 @@ def fastest(
                 continue
             if turn:  # the first call compiles and tunes
                 times[name].append(spent)
-    if not times:
-        return next(iter(calls))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    best = min(medians, key=lambda name: medians[name])
-    with _LOCK:
-        _table()[key] = {"backend": best, "milliseconds": {name: round(ms, 5) for name, ms in medians.items()}}
-        with suppress(InputError):  # a cache that cannot be kept is measured again next time
-            _save()
-    return best
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _entry(medians: Mapping[str, float], calls: Mapping[str, Any], gain: float) -> dict[str, Any]:
+    """What is kept of a race. A gain below `gain` is noise: the first of the calls stays."""
+    best, first = min(medians, key=lambda name: medians[name]), next(iter(calls))
+    if first in medians and medians[best] > (1 - gain) * medians[first]:
+        best = first
+    return {"backend": best, "milliseconds": {name: round(ms, 5) for name, ms in medians.items()}}
+
+
+def _keep(key: str, entry: dict[str, Any], calls: Mapping[str, Any]) -> str:
+    """Keep an entry unless another process kept one first: two workers that differ would differ in their last bits."""
+    path = cache_file()
+    with _alone(path):
+        stored = _read(path)
+        if stored.get(key, {}).get("backend") not in calls:
+            stored[key] = entry
+            _save(stored)
+    _table().update(stored)
+    return stored[key]["backend"]
 
 
 def gpu_milliseconds(call: Callable[[], Any]) -> float:
@@ -184,22 +236,38 @@ def _versions() -> dict[str, str]:
 
 
 def _table() -> Table:
-    """The table of the current cache file; empty where that is absent, broken or of other versions."""
+    """The table of the current cache file, as this process knows it."""
     path = cache_file()
     if path not in _LOADED:
-        _LOADED[path] = {}
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            current = stored["versions"] == _versions()
-            entries = {k: dict(v) for k, v in stored["entries"].items() if current or " | " not in k}
-            _LOADED[path] = {k: v for k, v in entries.items() if isinstance(v.get("backend"), str)}
+        _LOADED[path] = _read(path)
     return _LOADED[path]
 
 
-def _save() -> None:
-    path = cache_file()
+def _read(path: Path) -> Table:
+    """The table on disk; empty where that is absent, broken or of other versions."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        current = stored["versions"] == _versions()
+        entries = {k: dict(v) for k, v in stored["entries"].items() if current or " | " not in k}
+        return {k: v for k, v in entries.items() if isinstance(v.get("backend"), str)}
+    return {}
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the cache file against other processes, where the system can."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.with_suffix(".lock"), "w", encoding="utf-8")  # noqa: SIM115 - closed below
     except OSError as error:
         raise InputError(f"cannot make the cache folder {path.parent}: {error.strerror}") from error
-    write_whole(path, json.dumps({"versions": _versions(), "entries": _table()}, indent=1).encode())
+    with lock:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _save(table: Table) -> None:
+    write_whole(cache_file(), json.dumps({"versions": _versions(), "entries": table}, indent=1).encode())

@@ -7,6 +7,7 @@ and `tl` from here and their kernels are then plain functions that nothing calls
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -58,8 +59,10 @@ class Tiling:
         blocks: its BLOCK_* constants.
         warps: warps a program.
         stages: depth of the load pipeline on NVIDIA GPUs; AMD GPUs take at most two.
-        shared: bytes of shared memory that the compiled kernel may use, whatever the input types and the target.
+        shared: bytes of shared memory that the compiled kernel may use on NVIDIA GPUs, whatever the input types.
         registers: registers a thread that it may use on NVIDIA GPUs; none may spill.
+        shared_amd: bytes of shared memory that it may use on AMD GPUs.
+        descriptors: whether tiles are copied by tensor descriptors, from Hopper on, instead of by pointers.
     """
 
     blocks: Mapping[str, int]
@@ -67,6 +70,49 @@ class Tiling:
     stages: int
     shared: int
     registers: int
+    shared_amd: int = 64 * 1024
+    descriptors: bool = False
+
+    def but(
+        self,
+        blocks: Mapping[str, int] | None = None,
+        *,
+        warps: int = 0,
+        stages: int = 0,
+        shared: int = 0,
+        registers: int = 0,
+        shared_amd: int = 0,
+        descriptors: bool = False,
+    ) -> Tiling:
+        """Change a tiling; what is not given stays.
+
+        Args:
+            blocks: other sizes of some blocks.
+            warps: as the attribute.
+            stages: as the attribute.
+            shared: as the attribute.
+            registers: as the attribute.
+            shared_amd: as the attribute.
+            descriptors: as the attribute.
+
+        Returns:
+            The other tiling.
+        """
+        return Tiling(
+            {**self.blocks, **(blocks or {})},
+            warps or self.warps,
+            stages or self.stages,
+            shared or self.shared,
+            registers or self.registers,
+            shared_amd or self.shared_amd,
+            descriptors or self.descriptors,
+        )
+
+    @property
+    def label(self) -> str:
+        """Its name among a kernel's tilings, such as "T128 O128 I64 w8 s3"."""
+        blocks = " ".join(f"{name.removeprefix('BLOCK_')}{size}" for name, size in self.blocks.items())
+        return f"{blocks} w{self.warps} s{self.stages}{' descriptors' * self.descriptors}"
 
 
 def why_not(*inputs: torch.Tensor | None) -> str | None:
@@ -167,7 +213,14 @@ def launch(kernel: Any, programs: tuple[int, ...], tiling: Tiling, *arguments: A
     device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     stages = tiling.stages if torch.version.hip is None else min(tiling.stages, 2)
-    with guard:
+
+    def workspace(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+        del alignment, stream  # torch's own alignment is wider, and the stream is the current one
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    def queue() -> None:
+        if tiling.descriptors and not INTERPRETED:
+            triton.set_allocator(workspace)
         kernel[programs](
             *arguments,
             **{**tiling.blocks, **constants},
@@ -176,6 +229,10 @@ def launch(kernel: Any, programs: tuple[int, ...], tiling: Tiling, *arguments: A
             num_stages=stages,
             enable_fp_fusion=True,  # said outright: its default differs between versions, and the last bits with it
         )
+
+    with guard:
+        # the allocator, which descriptors are written to the memory of, is one for the context: others keep theirs
+        contextvars.copy_context().run(queue) if tiling.descriptors else queue()
 
 
 def is_wide(*inputs: torch.Tensor) -> bool:

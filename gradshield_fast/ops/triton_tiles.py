@@ -98,3 +98,33 @@ def product(
         b_y = tl.load(y_p[None, :] + i_i[:, None] * stride_y, mask=m_y[None, :] & m_i[:, None], other=0.0)
         b_sum += exact_dot(b_x, b_y, INTERPRETED)
     return b_sum
+
+
+@jit()
+def described_product(
+    x,
+    y,
+    row_x,
+    row_y,
+    rows_x,
+    rows_y,
+    depth,
+    stride_x,
+    stride_y,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """The same sum in the same order as `product` over the whole depth, its tiles copied by tensor descriptors.
+
+    x [rows_x, depth] and y [rows_y, depth] have stride 1 along i, and the tiles begin at row_x and row_y; what lies
+    outside of the matrices reads as zero. One thread asks for a tile, where pointers take every thread's registers.
+    """
+    x_d = tl.make_tensor_descriptor(x, [rows_x, depth], [stride_x, 1], [BLOCK_M, BLOCK_I])  # pyright: ignore[reportArgumentType]
+    y_d = tl.make_tensor_descriptor(y, [rows_y, depth], [stride_y, 1], [BLOCK_N, BLOCK_I])  # pyright: ignore[reportArgumentType]
+    b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i in range(0, depth, BLOCK_I):
+        b_x, b_y = x_d.load([row_x, i]), y_d.load([row_y, i])  # pyright: ignore[reportArgumentType]
+        b_sum += exact_dot(b_x, b_y.T, INTERPRETED)
+    return b_sum

@@ -31,6 +31,8 @@ def make_direction(model: Any, tokenizer: Any, options: DirectionOptions, report
         direction = loaded[0] if len(loaded) == 1 else Direction.stack(loaded)
     else:
         direction = _build(model, tokenizer, options, reporter)
+        if options.passes > 1:
+            return direction
         if rank is None and options.energy is None:
             rank = DEFAULT_RANK
     if rank or options.energy is not None:
@@ -81,6 +83,8 @@ def _build(model: Any, tokenizer: Any, options: DirectionOptions, reporter: Repo
         weights=options.weights,
         batch_tokens=options.batch_tokens,
         allow_unaligned=options.allow_unaligned,
+        passes=options.passes,
+        rank=None if options.passes == 1 else options.rank or DEFAULT_RANK,
         progress=advance,
     )
     return direction.precondition(options.second_moment) if options.second_moment else direction

@@ -141,6 +141,7 @@ def _direction(options: DirectionOptions) -> dict[str, Any]:
         "second_moment": file_digest(options.second_moment) if options.second_moment else None,
         "batch_tokens": options.batch_tokens,
         "allow_unaligned": options.allow_unaligned,
+        "passes": options.passes,
         **shape,
     }
 

@@ -61,6 +61,8 @@ class DirectionOptions:
         second_moment: safetensors file of Adam's second moments, to score an Adam step.
         batch_tokens: tokens of a batch of probes.
         allow_unaligned: go on where the safety score would mislead on this model.
+        passes: 1: the dense gradient, compressed afterwards; 2 or more: factors of that rank from the start, in as many
+            passes over the probes.
     """
 
     files: tuple[Path, ...] = ()
@@ -72,8 +74,18 @@ class DirectionOptions:
     second_moment: Path | None = None
     batch_tokens: int = 2048
     allow_unaligned: bool = False
+    passes: int = 1
 
     def __post_init__(self) -> None:
+        if self.passes < 1:
+            raise InputError(f"--passes must be at least 1: got {self.passes}")
+        if self.passes > 1:
+            whole = {"--rank 0": self.rank == 0, "--energy": self.energy, "--second-moment": self.second_moment}
+            for option, value in whole.items():
+                if value:
+                    raise InputError(f"{option} needs the dense gradient, but --passes {self.passes} never makes it")
+            if self.files:
+                raise InputError("--passes is for building a direction, but --direction names a finished one")
         if self.score not in SAFETY_SCORES:
             raise InputError(f"--score must be one of {', '.join(SAFETY_SCORES)}: got {self.score!r}")
         if self.rank is not None and self.energy is not None:

@@ -56,6 +56,23 @@ def test_filter_and_its_steps_one_by_one_give_the_same_files(
     assert (steps / "kept.jsonl").read_bytes() == rows.read_bytes()
 
 
+def test_a_direction_in_passes_alone_and_within_a_run(cli: Cli, tiny_model: Path, probes: Path, tmp_path: Path) -> None:
+    rows = corpus(tmp_path / "rows.jsonl", 8)
+    build = ("--model", tiny_model, "--device", "cpu", "--probes", probes, "--score", "refusal_margin", "--rank", 2)
+    made = cli("direction", *build, "--passes", 3, "--out", tmp_path / "d.safetensors")
+    assert made.code == 0
+    assert re.search(r"about 0\.\d+ \(\+- \S+\) of the norm is left out; 0 matrices", made.out)
+    run = tmp_path / "run"
+    assert cli("filter", rows, *build, "--passes", 3, "--out", run).code == 0
+    record = json.loads((run / "run.json").read_text())
+    assert record["identity"]["direction"]["passes"] == 3
+    assert record["direction"]["meta"]["low_rank"]["passes"] == 3
+    assert (run / "direction.safetensors").read_bytes() == (tmp_path / "d.safetensors").read_bytes()
+    other = cli("filter", rows, *build, "--out", run)
+    assert other.code == 2
+    assert "direction.passes (3 there, 1 here)" in other.err
+
+
 def test_a_complete_run_says_so(cli: Cli, tiny_model: Path, probes: Path, tmp_path: Path) -> None:
     rows = corpus(tmp_path / "rows.jsonl", 12)
     command = ("filter", rows, "--model", tiny_model, "--device", "cpu", "--probes", probes, "--allow-unaligned")
@@ -179,7 +196,7 @@ def test_bench_times_the_ops(cli: Cli) -> None:
 
 
 def test_bench_refuses_what_it_does_not_know(cli: Cli) -> None:
-    for option in ("--dtype", "--op", "--model", "--backend", "--device"):
+    for option in ("--dtype", "--op", "--model", "--backend", "--device", "--isa"):
         result = cli("bench", "--tokens", 8, "--seconds", 0.01, option, "int8")
         assert result.code == 2, option
         assert "int8" in result.err

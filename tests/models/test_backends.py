@@ -26,7 +26,8 @@ def test_native_gives_the_reference_scores(name: str, dtype: torch.dtype, rank: 
     for backend in ("native", "reference"):
         with Scorer(model, direction, backend=backend, norms=True) as scorer:
             out[backend] = scorer.score(batch)
-        assert set(out[backend].backends.values()) == {backend}
+        # attention is the model's own work, not scoring, and takes what is best whatever the backend
+        assert {ran for op, ran in out[backend].backends.items() if op != "varlen_attention"} == {backend}
     fast, slow = out["native"], out["reference"]
     assert fast.norm is not None
     assert slow.norm is not None
@@ -42,7 +43,7 @@ def test_the_result_says_what_ran() -> None:
     with Scorer(model, direction_over(model)) as scorer:
         assert scorer.backends == {}
         ran = scorer.score(batch).backends
-    assert set(ran) == {"embedding_dot", "ghost_dot", "scale_dot", "linear_cross_entropy"}
+    assert set(ran) == {"embedding_dot", "ghost_dot", "scale_dot", "linear_cross_entropy", "varlen_attention"}
     assert set(ran.values()) <= {"native", "reference"}
 
 

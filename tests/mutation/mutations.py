@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mutations_attention import IN_ATTENTION, TESTS
+
 
 @dataclass(frozen=True)
 class Mutation:
@@ -105,8 +107,8 @@ IN_TRITON = (
         "dot-strides",
         "the strides of r swapped",
         "ghost_dot",
-        "r + i_k * stride_r_k + o_o * stride_r_o, a + o_t * stride_a_t, m_o, m_t, 0, d_in, d_in,\n        stride_r_i,",
-        "r + i_k * stride_r_k + o_o * stride_r_i, a + o_t * stride_a_t, m_o, m_t, 0, d_in, d_in,\n        stride_r_o,",
+        "o_o * stride_r_o, a + o_t * stride_a_t, m_o, m_t, 0, d_in, d_in,\n            stride_r_i,",
+        "o_o * stride_r_i, a + o_t * stride_a_t, m_o, m_t, 0, d_in, d_in,\n            stride_r_o,",
         "test_ghost_dot",
     ),
     _triton(
@@ -178,13 +180,23 @@ IN_TRITON = (
         "head-parts",
         "a part of the vocabulary replaces those before it",
         "linear_cross_entropy",
-        "ADD=first > 0,",
+        "ADD=add,",
         "ADD=False,",
         "test_the_head_in_parts_is_the_head_in_one",
+    ),
+    Mutation(
+        "triton-described-rows",
+        "a described tile begins at the other matrix's row",
+        f"{ROOMS}/triton_tiles.py",
+        "y_d.load([row_y, i])",
+        "y_d.load([row_x, i])",
+        ("tests/kernels/triton/interpreted_tilings.py",),
+        interpreted=True,
     ),
 )
 
 IN_CPP = (
+    *(_native(*mutation, TESTS) for mutation in IN_ATTENTION),
     _native(
         "row-lost",
         "the last row of a register block not stored",
@@ -232,8 +244,8 @@ IN_CPP = (
         "member",
         "columns counted for every direction",
         "common/rows.h",
-        "to[k] += term * belongs[k];",
-        "to[k] += term;",
+        "load(belongs + c), total);",
+        "set1(1.0f), total);",
     ),
     _native(
         "scale-dropped",
@@ -278,12 +290,42 @@ IN_CPP = (
         "start = bounds[n] + (bounds[n + 1] > bounds[n] ? 1 : 0);",
     ),
     _native(
+        "member-panels",
+        "all panels of a direction but the last left out",
+        "ghost_dot_lowrank/cpu.cpp",
+        "if (end[k] == 0) begin[k] = j / kPanel;",
+        "begin[k] = j / kPanel;",
+    ),
+    _native(
         "tile-special",
         "rows with an infinity left on the matrix unit, which mixes them",
         "common/amx.h",
-        "        if (marked) continue;\n        // next come",
-        "        marked = false;\n        // next come",
+        "marked |= !add_tiles(acc,",
+        "marked |= false & !add_tiles(acc,",
         "tests/kernels/native/test_special_values.py",
+    ),
+    _native(
+        "tile-subnormal",
+        "subnormal numbers taken for zero in rows that tiles load where they lie",
+        "common/amx.h",
+        "            marked = seen.any();\n",
+        "",
+        "tests/kernels/native/test_special_values.py",
+    ),
+    _native(
+        "tile-subnormal-copied",
+        "subnormal numbers taken for zero in rows that are copied",
+        "common/amx.h",
+        "        if (marked) continue;\n        Rows left[2];",
+        "        marked = false;\n        Rows left[2];",
+        "tests/kernels/native/test_special_values.py",
+    ),
+    _native(
+        "tile-rows",
+        "rows loaded as if they lay side by side",
+        "common/amx.h",
+        "x.at(t + i * kTile, k)), x.row_stride, 0}",
+        "x.at(t + i * kTile, k)), x.cols, 0}",
     ),
     _native(
         "pool-wait",

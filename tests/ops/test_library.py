@@ -44,6 +44,7 @@ def test_the_head_has_no_directions_where_none_are_given() -> None:
     assert head(*inputs)[2].shape == (12, 0)
 
 
+HEADS = torch.randn(12, 2, 8)
 CALLS: dict[str, Callable[[], Any]] = {
     "ghost_dot": lambda: ops.ghost_dot(A, G, R, CU),
     "ghost_dot_lowrank": lambda: ops.ghost_dot_lowrank(A, G, P, Q, CU, ranks=[1, 2]),
@@ -53,6 +54,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "embedding_dot": lambda: ops.embedding_dot(IDS, G, TABLE, CU),
     "scale_dot": lambda: ops.scale_dot(G, G, torch.randn(2, 6), CU) * 0,
     "linear_cross_entropy": lambda: ops.linear_cross_entropy(H, HEAD, LABELS, p=torch.ones(5, 3), q=Q),
+    "varlen_attention": lambda: ops.varlen_attention(HEADS, HEADS, HEADS, CU),
 }
 
 

@@ -5,11 +5,19 @@ from __future__ import annotations
 import torch
 
 from gradshield_fast.ops.triton_support import Tiling, blocks_of, jit, launch, not_for_auto, power_of_two, tl, why_not
+from gradshield_fast.ops.triton_tuning import tilings, tuned
 
 __all__ = ["embedding_dot", "not_for_auto", "why_not"]
 
 ROWS = Tiling({"BLOCK_T": 4, "BLOCK_D": 256}, warps=4, stages=2, shared=8 * 1024, registers=104)
-TILINGS = (ROWS,)
+# the axis of the sum is shared by a block's threads: any other block or number of warps adds in another order
+OF_ROWS = tilings(
+    (ROWS, ROWS.but(stages=3)),
+    (ROWS.but({"BLOCK_T": 8}, registers=176),),
+    (ROWS.but({"BLOCK_T": 2, "BLOCK_D": 512}),),
+    (ROWS.but({"BLOCK_T": 1, "BLOCK_D": 1024}),),
+)
+TILINGS = (OF_ROWS,)
 MAX_DIRECTIONS = 4
 """Directions that one pass over g serves."""
 
@@ -70,11 +78,15 @@ def embedding_dot(ids: torch.Tensor, g: torch.Tensor, r: torch.Tensor) -> torch.
     Returns:
         Float32[Tensor, "tokens directions"].
     """
+    return tuned(embedding_dot_kernel.__name__, OF_ROWS, (g, r), lambda x: _run(ids, g, r, x))
+
+
+def _run(ids: torch.Tensor, g: torch.Tensor, r: torch.Tensor, tiling: Tiling) -> torch.Tensor:
     (tokens, width), (directions, vocabulary, _) = g.shape, r.shape
     block_k = power_of_two(directions, 1, MAX_DIRECTIONS)
     u = torch.empty(tokens, directions, device=g.device, dtype=torch.float32)
     launch(
-        embedding_dot_kernel, (blocks_of(tokens, ROWS.blocks["BLOCK_T"]), blocks_of(directions, block_k)), ROWS,
+        embedding_dot_kernel, (blocks_of(tokens, tiling.blocks["BLOCK_T"]), blocks_of(directions, block_k)), tiling,
         ids, g, r, u, tokens, width, vocabulary, directions, *ids.stride(), *g.stride(), *r.stride(),
         BLOCK_K=block_k,
     )  # fmt: skip

@@ -33,7 +33,7 @@ def not_for_auto(*inputs: torch.Tensor) -> str | None:
     here, reason = native.not_for_auto(ROOM, *inputs)
     if not here:
         return reason
-    # measured: python benchmarks/ops/native_vs_reference.py --ops ghost_dot --threads 1 --isa {avx2,avx512,amx}
+    # measured: OMP_NUM_THREADS=1 gradshield-fast bench --op ghost_dot --isa {avx2,avx512,amx}
     a, g = inputs[0], inputs[1]
     if not native.at_least("amx"):
         return "torch's float32 product is as fast with this instruction set"

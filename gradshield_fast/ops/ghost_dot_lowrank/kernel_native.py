@@ -33,7 +33,7 @@ def not_for_auto(*inputs: torch.Tensor) -> str | None:
     here, reason = native.not_for_auto(ROOM, *inputs)
     if not here:
         return reason
-    # measured: python benchmarks/ops/native_vs_reference.py --ops ghost_dot_lowrank --threads 1 --isa {avx2,avx512,amx}
+    # measured: OMP_NUM_THREADS=1 gradshield-fast bench --op ghost_dot_lowrank --isa {avx2,avx512,amx}
     x, ranks = (inputs[0], inputs[1].shape[-1]) if len(inputs) == 2 else (inputs[1], inputs[0].shape[-1])
     if x.dtype == torch.float32:
         return "float32 is as fast by torch's product"

@@ -17,13 +17,22 @@ from gradshield_fast.ops.triton_support import (
     why_not,
 )
 from gradshield_fast.ops.triton_tiles import product
+from gradshield_fast.ops.triton_tuning import Tilings, tilings, tuned
 
 __all__ = ["lowrank_contract", "lowrank_project", "not_for_auto", "why_not"]
 
-NARROW = Tiling({"BLOCK_T": 128, "BLOCK_I": 32}, warps=8, stages=4, shared=72 * 1024, registers=184)
-FEW_RANKS = Tiling({"BLOCK_T": 64, "BLOCK_I": 64}, warps=4, stages=4, shared=72 * 1024, registers=176)
-WIDE = Tiling({"BLOCK_T": 64, "BLOCK_I": 32}, warps=4, stages=3, shared=40 * 1024, registers=255)
-TILINGS = (NARROW, FEW_RANKS, WIDE)
+NARROW = Tiling({"BLOCK_T": 128, "BLOCK_I": 32}, warps=8, stages=4, shared=69 * 1024, registers=184)
+FEW_RANKS = Tiling({"BLOCK_T": 64, "BLOCK_I": 64}, warps=4, stages=4, shared=69 * 1024, registers=176)
+WIDE = Tiling({"BLOCK_T": 64, "BLOCK_I": 32}, warps=4, stages=3, shared=33 * 1024, registers=255)
+# the parts follow from the rule's blocks of tokens; other blocks change how warps share the columns that are summed
+OF_NARROW = tilings((NARROW, NARROW.but(stages=3)), (NARROW.but({"BLOCK_T": 64}),))
+OF_FEW_RANKS = tilings(
+    (FEW_RANKS, FEW_RANKS.but(stages=3)),
+    (FEW_RANKS.but({"BLOCK_T": 128}, stages=3, shared=77 * 1024, registers=255),),
+    (FEW_RANKS.but({"BLOCK_I": 128}, stages=3, shared=105 * 1024, registers=255),),
+)
+OF_WIDE = tilings((WIDE,), (WIDE.but({"BLOCK_T": 32}),))
+TILINGS = (OF_NARROW, OF_FEW_RANKS, OF_WIDE)
 MAX_RANKS = 64
 """Columns of p or q that one program takes; more are more programs, which read the long factor again, from the L2."""
 
@@ -105,8 +114,8 @@ def contract_kernel(
         tl.store(u + (row + o_t) * directions + k, tl.sum(b_u * b_m[None, :], axis=1), mask=m_t)
 
 
-def tiling_for(x: torch.Tensor, y: torch.Tensor, block_r: int) -> Tiling:
-    """Choose the tiles of a product with few columns, by its types and columns alone.
+def tilings_for(x: torch.Tensor, y: torch.Tensor, block_r: int) -> Tilings:
+    """Choose the tilings that a product with few columns may take, by its types and columns alone.
 
     Args:
         x: the long factor.
@@ -117,23 +126,27 @@ def tiling_for(x: torch.Tensor, y: torch.Tensor, block_r: int) -> Tiling:
         One of `TILINGS`.
     """
     if is_wide(x, y):
-        return WIDE
-    return FEW_RANKS if block_r <= 32 else NARROW
+        return OF_WIDE
+    return OF_FEW_RANKS if block_r <= 32 else OF_NARROW
 
 
-def parts_of(programs: int, depth: int, tiling: Tiling, device: torch.device) -> tuple[int, int]:
+def parts_of(
+    tokens: int, blocks_r: int, depth: int, given: Tilings, block: int, device: torch.device
+) -> tuple[int, int]:
     """Cut the depth so that few tokens still fill the device; each part is summed apart and the parts in order.
 
     Args:
-        programs: programs without a cut.
+        tokens: rows of the product.
+        blocks_r: blocks of its columns.
         depth: length of the sum.
-        tiling: the kernel's tiles.
+        given: the kernel's tilings; the rule's blocks of tokens count, so that the parts do not change with others.
+        block: a step along the depth.
         device: where it will run.
 
     Returns:
         The number of parts and the length of each, a multiple of BLOCK_I.
     """
-    block = tiling.blocks["BLOCK_I"]
+    programs = blocks_of(tokens, given.first.blocks["BLOCK_T"]) * blocks_r
     wanted = min(blocks_of(2 * processors(device), max(programs, 1)), blocks_of(depth, 4 * block), 16)
     part = blocks_of(blocks_of(depth, block), max(wanted, 1)) * block
     return max(blocks_of(depth, max(part, 1)), 1), max(part, block)
@@ -149,11 +162,15 @@ def lowrank_project(a: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     Returns:
         Float32[Tensor, "tokens ranks"].
     """
+    block_r = power_of_two(q.shape[1], 16, MAX_RANKS)
+    given = tilings_for(a, q, block_r)
+    return tuned(project_kernel.__name__, given, (a, q), lambda x: _project(a, q, block_r, given, x))
+
+
+def _project(a: torch.Tensor, q: torch.Tensor, block_r: int, given: Tilings, tiling: Tiling) -> torch.Tensor:
     (tokens, depth), ranks = a.shape, q.shape[1]
-    block_r = power_of_two(ranks, 16, MAX_RANKS)
-    tiling = tiling_for(a, q, block_r)
     blocks = blocks_of(tokens, tiling.blocks["BLOCK_T"]), blocks_of(ranks, block_r)
-    parts, part = parts_of(blocks[0] * blocks[1], depth, tiling, a.device)
+    parts, part = parts_of(tokens, blocks[1], depth, given, tiling.blocks["BLOCK_I"], a.device)
     z = torch.empty(parts, tokens, ranks, device=a.device, dtype=torch.float32)
     launch(
         project_kernel, (*blocks, parts), tiling,
@@ -175,11 +192,25 @@ def lowrank_contract(z: torch.Tensor, g: torch.Tensor, p: torch.Tensor, member: 
     Returns:
         Float32[Tensor, "tokens directions"].
     """
+    block_r = power_of_two(p.shape[1], 16, MAX_RANKS)
+    given = tilings_for(g, p, block_r)
+    return tuned(
+        contract_kernel.__name__, given, (g, p, member), lambda x: _contract(z, g, p, member, block_r, given, x)
+    )
+
+
+def _contract(
+    z: torch.Tensor,
+    g: torch.Tensor,
+    p: torch.Tensor,
+    member: torch.Tensor,
+    block_r: int,
+    given: Tilings,
+    tiling: Tiling,
+) -> torch.Tensor:
     (tokens, depth), (ranks, directions) = g.shape, member.shape
-    block_r = power_of_two(ranks, 16, MAX_RANKS)
-    tiling = tiling_for(g, p, block_r)
     blocks = blocks_of(tokens, tiling.blocks["BLOCK_T"]), blocks_of(ranks, block_r)
-    parts, part = parts_of(blocks[0] * blocks[1], depth, tiling, g.device)
+    parts, part = parts_of(tokens, blocks[1], depth, given, tiling.blocks["BLOCK_I"], g.device)
     u = torch.empty(parts * blocks[1], tokens, directions, device=g.device, dtype=torch.float32)
     launch(
         contract_kernel, (*blocks, parts), tiling,

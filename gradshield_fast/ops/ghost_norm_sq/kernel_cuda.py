@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -29,70 +29,96 @@ def why_not(left1: torch.Tensor, right1: torch.Tensor, left2: torch.Tensor, righ
     return cuda.why_not(left1, right1, left2, right2)
 
 
-def tile_lists(
-    bounds: list[int], left_width: int, right_width: int, *, same: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """List the tiles of every example, in the form that takes fewer operations for it.
+class Plan(NamedTuple):
+    """The tiles of every example, each in the form that takes fewer operations for it.
 
-    The matrices of token products are symmetric where both gradients are the same: a tile above the diagonal counts
-    twice and its mirror image is left out.
+    Attributes:
+        over_tokens: Int32[Tensor, "tiles 4"], tiles of the form over tokens: example, first tile, second tile, weight;
+            example -1 where the bound on their number leaves a place empty.
+        over_columns: the same of the form over columns.
+        spans: Int64[Tensor, "examples 2"], where an example's tiles start and stop, those over tokens counted first.
+    """
+
+    over_tokens: torch.Tensor
+    over_columns: torch.Tensor
+    spans: torch.Tensor
+
+
+def plan(cu: torch.Tensor, tokens: int, left_width: int, right_width: int, *, same: bool) -> Plan:
+    """List the tiles on the device that the boundaries lie on: nothing waits for their values.
+
+    The host knows bounds: an example in the form over tokens is no longer than where both forms cost the same, all of
+    them have sum_n ceil(tokens[n] / 64) <= (tokens + 63 examples) / 64 tiles along a side, and few can be longer than
+    that. A place that stays empty costs a block that ends at once. The matrices of token products are symmetric where
+    both gradients are the same: a tile above the diagonal counts twice and its mirror image is left out.
 
     Args:
-        bounds: row boundaries, on the host.
+        cu: Int64[Tensor, "examples+1"], row boundaries that never fall, within 0..tokens.
+        tokens: the number of tokens.
         left_width: columns of the left factors.
         right_width: columns of the right factors.
         same: whether both gradients are one.
 
     Returns:
-        Int32[Tensor, "tiles 4"] of the form over tokens and of the form over columns: example, first tile, second tile,
-        weight; and Int64[Tensor, "examples 2"], where an example's tiles start and stop, those over tokens counted
-        first.
+        The plan.
     """
-    by_tokens, by_columns, counts = [], [], []
-    columns = torch.cartesian_prod(torch.arange(-(-left_width // TILE)), torch.arange(-(-right_width // TILE)))
-    for n, (start, end) in enumerate(pairwise(bounds)):
-        tokens = end - start
-        products = tokens * (left_width + right_width) / (2 if same else 1)
-        outer = products > left_width * right_width
-        if outer:
-            tiles = columns
-        else:
-            side = torch.arange(-(-tokens // TILE))
-            tiles = torch.cartesian_prod(side, side)
-            tiles = tiles[tiles[:, 0] <= tiles[:, 1]] if same else tiles
-        weight = 2 - (tiles[:, 0] == tiles[:, 1]).long() if same and not outer else torch.ones(len(tiles))
-        item = torch.stack([torch.full((len(tiles),), n), tiles[:, 0], tiles[:, 1], weight.long()], 1)
-        (by_columns if outer else by_tokens).append(item)
-        counts.append((outer, len(tiles)))
-    empty = torch.zeros(0, 4, dtype=torch.int64)
-    first, second = torch.cat([empty, *by_tokens]), torch.cat([empty, *by_columns])
-    return first.int(), second.int(), _spans(counts, len(first))
+    examples = cu.numel() - 1
+    widths = left_width + right_width
+    # tokens widths / (2 if same) <= left_width right_width
+    longest = min((2 if same else 1) * left_width * right_width // widths, tokens) if widths else tokens
+    lengths = cu.diff()
+    outer = lengths > longest
+    side = (lengths + (TILE - 1)) // TILE
+    square = side * (side + 1) // 2 if same else side * side
+    sides, longest_side = (tokens + (TILE - 1) * examples) // TILE, -(-longest // TILE)
+    room = sides * (longest_side + 1) // 2 if same else sides * longest_side
+    rows, columns = -(-left_width // TILE), -(-right_width // TILE)
+    room_outer = min(examples, tokens // (longest + 1)) * rows * columns
+
+    example, at, starts = _places(torch.where(outer, 0, square), room)
+    if same:  # the tiles on and above the diagonal, column by column
+        second = ((8.0 * at.double() + 1.0).sqrt() - 1.0).div(2.0).long()
+        first = at - second * (second + 1) // 2
+        weight = 2 - (first == second).long()
+    else:
+        across = torch.cat([side.clamp_min(1), side.new_ones(1)])[example]
+        first, second, weight = at // across, at % across, torch.ones_like(at)
+    over_tokens = torch.stack([example, first, second, weight], 1).int()
+
+    example, at, starts_outer = _places(torch.where(outer, rows * columns, 0), room_outer)
+    parts = at // max(columns, 1), at % max(columns, 1), torch.ones_like(at)
+    over_columns = torch.stack([example, *parts], 1).int()
+    spans = torch.where(outer[:, None], room + _spans(starts_outer), _spans(starts))
+    return Plan(over_tokens, over_columns, spans)
 
 
-def _spans(counts: list[tuple[bool, int]], over_tokens: int) -> torch.Tensor:
-    """Say where each example's parts lie.
+def _places(counts: torch.Tensor, room: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Give each of `room` places to an example, in order, as many as it counts.
 
     Args:
-        counts: for each example, whether it is in the form over columns, and its tiles.
-        over_tokens: tiles of the form over tokens, after which those over columns lie.
+        counts: Int64[Tensor, "examples"], at most `room` together.
+        room: places.
 
     Returns:
-        Int64[Tensor, "examples 2"].
+        Int64[Tensor, "room"]: each place's example, or -1, and its number among that example's, or 0; and
+        Int64[Tensor, "examples+1"], where each example's places start.
     """
-    at = [0, over_tokens]
-    spans = []
-    for outer, count in counts:
-        spans.append((at[outer], at[outer] + count))
-        at[outer] += count
-    return torch.tensor(spans, dtype=torch.int64).reshape(-1, 2)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    place = torch.arange(room, device=counts.device)
+    example = torch.searchsorted(starts, place, right=True) - 1
+    empty = example == counts.numel()
+    at = (place - starts[example]).masked_fill(empty, 0)
+    return example.masked_fill(empty, -1), at, starts
+
+
+def _spans(starts: torch.Tensor) -> torch.Tensor:
+    return torch.stack([starts[:-1], starts[1:]], 1)
 
 
 def ghost_inner(
     left1: torch.Tensor, right1: torch.Tensor, left2: torch.Tensor, right2: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> torch.Tensor:
     """s[n] = sum_{t, u in n} (left1[t] . left2[u]) (right1[t] . right2[u]), in the cheaper of its two orders.
-
-    The list of tiles depends on the boundaries, so they are brought to the host: one synchronisation.
 
     Args:
         left1: Float[Tensor, "tokens rows"].
@@ -107,13 +133,13 @@ def ghost_inner(
     factors = [left1, right1, left2, right2]
     device = left1.device
     # values on a device were not checked: boundaries that fall, or leave the tokens, must not make a kernel do so
-    cu = cu_seqlens.to("cpu", torch.int64).clamp(0, left1.shape[0]).cummax(0).values
+    cu = cu_seqlens.to(device, torch.int64).clamp(0, left1.shape[0]).cummax(0).values
     same = left2 is left1 and right2 is right1
-    tokens, columns, spans = tile_lists(cu.tolist(), left1.shape[1], right1.shape[1], same=same)
-    cu, tokens, columns, spans = (x.to(device, non_blocking=True) for x in (cu, tokens, columns, spans))
+    tokens, columns, spans = plan(cu, left1.shape[0], left1.shape[1], right1.shape[1], same=same)
     parts = torch.empty(len(tokens) + len(columns), dtype=torch.float32, device=device)
     cuda.launch("ghost_inner", factors, cu, tokens, parts[: len(tokens)], False, same)
-    cuda.launch("ghost_inner", factors, cu, columns, parts[len(tokens) :], True, same)
+    if len(columns):
+        cuda.launch("ghost_inner", factors, cu, columns, parts[len(tokens) :], True, same)
     out = torch.empty(cu.numel() - 1, dtype=torch.float32, device=device)
     cuda.launch("sum_items", parts, spans, out)
     return out

@@ -45,7 +45,7 @@ def not_for_auto(*inputs: torch.Tensor) -> str | None:
     here, reason = native.not_for_auto(ROOM, *inputs)
     if not here:
         return reason
-    # measured: python benchmarks/ops/native_vs_reference.py --ops ghost_norm_sq --threads 1 --isa {avx2,avx512,amx}
+    # measured: OMP_NUM_THREADS=1 gradshield-fast bench --op ghost_norm_sq --isa {avx2,avx512,amx}
     if not native.at_least("avx512"):
         return "not faster than torch's products with this instruction set"
     # and, at two threads: python benchmarks/ops/run.py --device cpu

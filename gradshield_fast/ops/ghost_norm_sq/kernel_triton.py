@@ -21,14 +21,25 @@ from gradshield_fast.ops.triton_support import (
     why_not,
 )
 from gradshield_fast.ops.triton_tiles import product
+from gradshield_fast.ops.triton_tuning import tilings, tuned
 
 __all__ = ["ghost_inner", "not_for_auto", "pair_terms", "why_not"]
 
-PAIRS = Tiling({"BLOCK_T": 64, "BLOCK_U": 64, "BLOCK_I": 64}, warps=8, stages=3, shared=56 * 1024, registers=208)
-PAIRS_MIXED = Tiling({"BLOCK_T": 64, "BLOCK_U": 32, "BLOCK_I": 32}, warps=4, stages=3, shared=32 * 1024, registers=248)
-OUTER = Tiling({"BLOCK_O": 64, "BLOCK_C": 64, "BLOCK_I": 32}, warps=8, stages=3, shared=40 * 1024, registers=216)
-PAIRS_WIDE = Tiling({"BLOCK_T": 64, "BLOCK_U": 64, "BLOCK_I": 16}, warps=8, stages=3, shared=24 * 1024, registers=192)
-TILINGS = (PAIRS, PAIRS_MIXED, PAIRS_WIDE, OUTER)
+PAIRS = Tiling({"BLOCK_T": 64, "BLOCK_U": 64, "BLOCK_I": 64}, warps=8, stages=3, shared=49 * 1024, registers=208)
+PAIRS_MIXED = Tiling({"BLOCK_T": 64, "BLOCK_U": 32, "BLOCK_I": 32}, warps=4, stages=3, shared=27 * 1024, registers=248)
+OUTER = Tiling({"BLOCK_O": 64, "BLOCK_C": 64, "BLOCK_I": 32}, warps=8, stages=3, shared=33 * 1024, registers=216)
+PAIRS_WIDE = Tiling({"BLOCK_T": 64, "BLOCK_U": 64, "BLOCK_I": 16}, warps=8, stages=3, shared=17 * 1024, registers=192)
+# blocks of tokens say where the sums over u begin and how many parts they have: all of these blocks cut sums
+OF_PAIRS = tilings((PAIRS, PAIRS.but(stages=4, shared=65 * 1024)), (PAIRS.but(warps=4, registers=255),))
+OF_PAIRS_MIXED = tilings(
+    (PAIRS_MIXED, PAIRS_MIXED.but(stages=4, shared=35 * 1024)),
+    (PAIRS_MIXED.but({"BLOCK_I": 64}, shared=53 * 1024, registers=255),),
+)
+OF_PAIRS_WIDE = tilings(
+    (PAIRS_WIDE, PAIRS_WIDE.but(stages=2)), (PAIRS_WIDE.but({"BLOCK_I": 32}, stages=2, registers=255),)
+)
+OF_OUTER = tilings((OUTER, OUTER.but(stages=4, shared=49 * 1024, registers=224)), (OUTER.but(warps=4, registers=240),))
+TILINGS = (OF_PAIRS, OF_PAIRS_MIXED, OF_PAIRS_WIDE, OF_OUTER)
 
 FLOATS, IDS, IDS_LEFT, IDS_RIGHT = 0, 1, 2, 3
 """What two factors hold: rows of numbers, ids that stand for one-hot rows, or ids on one side."""
@@ -158,10 +169,23 @@ def pair_terms(
         Float32[Tensor, "tokens m"].
     """
     l1, r1, l2, r2 = factors
-    tokens, rows = len(l1), first.shape[1]
     same = all(x.dtype == y.dtype for x, y in ((l1, l2), (r1, r2)) if x.ndim == y.ndim == 2)
     wide = is_wide(l1, l2) or is_wide(r1, r2)
-    tiling = PAIRS_WIDE if wide else PAIRS if same else PAIRS_MIXED
+    given = OF_PAIRS_WIDE if wide else OF_PAIRS if same else OF_PAIRS_MIXED
+    kinds = _kind(l1, l2), _kind(r1, r2)
+    name = f"{pairs_kernel.__name__}, factors {kinds[0]} {kinds[1]}{', symmetric' * symmetric}"
+    return tuned(name, given, (*factors, first), lambda x: _pairs(factors, first, last, symmetric, x))
+
+
+def _pairs(
+    factors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    first: torch.Tensor,
+    last: torch.Tensor,
+    symmetric: bool,
+    tiling: Tiling,
+) -> torch.Tensor:
+    l1, r1, l2, r2 = factors
+    tokens, rows = len(l1), first.shape[1]
     blocks = blocks_of(tokens, tiling.blocks["BLOCK_T"])
     parts = min(blocks_of(2 * processors(l1.device), max(blocks * rows, 1)), 16)
     v = torch.empty(parts, tokens, rows, device=l1.device, dtype=torch.float32)
@@ -217,12 +241,25 @@ def ghost_inner(
     out = segment_sum(v[:, 0], cu)
     if tokens < shortest or len(cu) == 1:
         return out
+    name = f"{outer_kernel.__name__}{', symmetric' * symmetric}"
+    return out + tuned(name, OF_OUTER, (*factors, cu), lambda x: _outer(factors, cu, shortest, symmetric, x))
+
+
+def _outer(
+    factors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    cu: torch.Tensor,
+    shortest: int,
+    symmetric: bool,
+    tiling: Tiling,
+) -> torch.Tensor:
+    """Give the examples of at least `shortest` tokens their sums, tile by tile of their gradients."""
+    left1, right1, _, _ = factors
     rows, cols = left1.shape[1], right1.shape[1]
-    tiles = blocks_of(rows, OUTER.blocks["BLOCK_O"]) * blocks_of(cols, OUTER.blocks["BLOCK_C"])
-    s = torch.empty(len(cu) - 1, tiles, device=device, dtype=torch.float32)
+    tiles = blocks_of(rows, tiling.blocks["BLOCK_O"]) * blocks_of(cols, tiling.blocks["BLOCK_C"])
+    s = torch.empty(len(cu) - 1, tiles, device=left1.device, dtype=torch.float32)
     launch(
-        outer_kernel, (tiles * (len(cu) - 1),), OUTER,
+        outer_kernel, (tiles * (len(cu) - 1),), tiling,
         *factors, cu.int(), s, shortest, tiles, rows, cols, *(stride for x in factors for stride in x.stride()),
         SYMMETRIC=symmetric,
     )  # fmt: skip
-    return out + s.sum(1)
+    return s.sum(1)

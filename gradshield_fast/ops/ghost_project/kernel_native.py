@@ -33,7 +33,7 @@ def not_for_auto(*inputs: torch.Tensor) -> str | None:
     here, reason = native.not_for_auto(ROOM, *inputs)
     if not here:
         return reason
-    # measured: python benchmarks/ops/native_vs_reference.py --ops ghost_project --threads 1 --isa {avx2,avx512,amx}
+    # measured: OMP_NUM_THREADS=1 gradshield-fast bench --op ghost_project --isa {avx2,avx512,amx}
     # and, at two threads: python benchmarks/ops/run.py --device cpu
     if inputs[0].dtype == torch.float32:
         return "float32 is as fast by torch's product"

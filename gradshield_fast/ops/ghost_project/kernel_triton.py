@@ -7,11 +7,17 @@ import torch
 from gradshield_fast.ops.ghost_dot_lowrank.kernel_triton import lowrank_project
 from gradshield_fast.ops.triton_support import Tiling, blocks_of, jit, launch, not_for_auto, processors, tl, why_not
 from gradshield_fast.ops.triton_tiles import product
+from gradshield_fast.ops.triton_tuning import tilings, tuned
 
 __all__ = ["ghost_project", "not_for_auto", "why_not"]
 
-SEGMENT = Tiling({"BLOCK_O": 32, "BLOCK_C": 32, "BLOCK_I": 32}, warps=4, stages=3, shared=24 * 1024, registers=136)
-TILINGS = (SEGMENT,)
+SEGMENT = Tiling({"BLOCK_O": 32, "BLOCK_C": 32, "BLOCK_I": 32}, warps=4, stages=3, shared=17 * 1024, registers=136)
+# one program makes an entry's sum over a part of the tokens, and the parts follow from the rule's tiles
+OF_SEGMENT = tilings(
+    (SEGMENT, SEGMENT.but(stages=2), SEGMENT.but(warps=2, registers=160)),
+    (SEGMENT.but({"BLOCK_I": 64}, shared=33 * 1024, registers=168),),
+)
+TILINGS = (OF_SEGMENT,)
 
 
 # Maths    s[p, n, o, c] = sum_{t in part p of n} left[t, o] right[t, c]        one program = a tile, a part, an example
@@ -69,14 +75,19 @@ def ghost_project(
         Float32[Tensor, "examples k_out k_in"].
     """
     right, left = lowrank_project(a, p_in), lowrank_project(g, p_out)
-    examples, k_out, k_in = cu_seqlens.numel() - 1, left.shape[1], right.shape[1]
-    tiles = blocks_of(k_out, SEGMENT.blocks["BLOCK_O"]) * blocks_of(k_in, SEGMENT.blocks["BLOCK_C"])
+    cu = cu_seqlens.to(device=a.device, dtype=torch.int32)
+    return tuned(segment_kernel.__name__, OF_SEGMENT, (left, right, cu), lambda x: _segments(left, right, cu, x))
+
+
+def _segments(left: torch.Tensor, right: torch.Tensor, cu: torch.Tensor, tiling: Tiling) -> torch.Tensor:
+    examples, k_out, k_in = cu.numel() - 1, left.shape[1], right.shape[1]
+    tiles = blocks_of(k_out, tiling.blocks["BLOCK_O"]) * blocks_of(k_in, tiling.blocks["BLOCK_C"])
     # a few long examples are cut, so that their tokens are not summed by a few programs while the rest of the GPU waits
-    parts = min(blocks_of(2 * processors(a.device), max(tiles * examples, 1)), blocks_of(max(len(a), 1), 256), 16)
-    s = torch.empty(parts, examples, k_out, k_in, device=a.device, dtype=torch.float32)
+    parts = min(blocks_of(2 * processors(left.device), max(tiles * examples, 1)), blocks_of(max(len(left), 1), 256), 16)
+    s = torch.empty(parts, examples, k_out, k_in, device=left.device, dtype=torch.float32)
     launch(
-        segment_kernel, (tiles * examples, parts), SEGMENT,
-        left, right, cu_seqlens.to(device=a.device, dtype=torch.int32), s, examples, tiles, k_out, k_in,
+        segment_kernel, (tiles * examples, parts), tiling,
+        left, right, cu, s, examples, tiles, k_out, k_in,
         *left.stride(), *right.stride(),
     )  # fmt: skip
     return s[0] if parts == 1 else s.sum(0)

@@ -34,8 +34,8 @@ def _run(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if labels.device.type == "cpu" and labels.numel():
-        low, high = int(labels.min()), int(labels.max())
-        if high >= weight.shape[0] or bool(((labels < 0) & (labels != IGNORE)).any()):
+        low, high = (int(x) for x in labels.aminmax())
+        if high >= weight.shape[0] or (low < 0 and bool(((labels < 0) & (labels != IGNORE)).any())):
             raise InputError(f"{OP}: labels must be -100 or lie in 0..{weight.shape[0] - 1}, got {low}..{high}")
     args = (h, weight, labels.long(), token_weight, scale, softcap, r, p, q, member, exact)
     loss, dh, dot = dispatch.run(OP, backend, OP, (h, weight, r, p, q, token_weight), *args)

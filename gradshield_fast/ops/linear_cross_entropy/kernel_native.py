@@ -12,18 +12,8 @@ import torch
 
 from gradshield_fast.ops import native
 
-try:
-    from gradshield_fast import _native_head
-except ImportError:  # not built here: `why_not` says so
-    _native_head = None
-
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""Input dtypes and their numbers in csrc/linear_cross_entropy/head.h."""
-
 UPTO = 3
 """Best instruction set to use where the CPU has it: 1 AVX-512, 2 with BF16, 3 with AMX; for tests."""
-
-NO_MATRIX = (0, 0, 0, 0, 0, 1)
 
 
 def why_not(*inputs: torch.Tensor | None) -> str | None:
@@ -35,8 +25,10 @@ def why_not(*inputs: torch.Tensor | None) -> str | None:
     Returns:
         None, or a reason.
     """
-    if _native_head is None:
-        return "the C++ extension is not built"
+    if native.extension is None:
+        return native.missing
+    if not hasattr(native.extension, "head_level"):
+        return "the native extension was built without it (it needs an x86-64 compiler that knows AMX, such as g++ 11)"
     given = [x for x in inputs if x is not None]
     device = next((x.device.type for x in given if x.device.type != "cpu"), None)
     if device is not None:
@@ -71,7 +63,7 @@ def level() -> int:
     Returns:
         As `UPTO`; 0 where none will do or the extension is not built.
     """
-    return 0 if _native_head is None else _native_head.level()
+    return int(native.extension.head_level()) if hasattr(native.extension, "head_level") else 0
 
 
 def linear_cross_entropy(
@@ -104,12 +96,7 @@ def linear_cross_entropy(
 
     Returns:
         Float32[Tensor, "tokens"], Float32[Tensor, "tokens d"], and Float32[Tensor, "tokens directions"] or None.
-
-    Raises:
-        RuntimeError: the extension is not built; `why_not` says so first.
     """
-    if _native_head is None:
-        raise RuntimeError("the C++ extension is not built")
     tokens = h.shape[0]
     index = (labels >= 0).nonzero()[:, 0]
     live_labels = labels[index].contiguous()
@@ -118,11 +105,11 @@ def linear_cross_entropy(
     dh = torch.zeros(h.shape, dtype=torch.float32)
     dot = None if r is None else torch.zeros(tokens, r.shape[0], dtype=torch.float32)
     pulled = None if p is None else torch.zeros(tokens, p.shape[1], dtype=torch.float32)
-    _native_head.linear_cross_entropy(
-        _describe(h),
-        _describe(weight),
-        NO_MATRIX if p is None else _describe(p),
-        [] if r is None else [_describe(x) for x in r],
+    native.extension.linear_cross_entropy(
+        native.matrix(h),
+        native.matrix(weight),
+        [] if p is None else [native.matrix(p)],
+        [] if r is None else [native.matrix(x) for x in r],
         index.data_ptr(),
         live_labels.data_ptr(),
         0 if live_weight is None else live_weight.data_ptr(),
@@ -141,8 +128,3 @@ def linear_cross_entropy(
         # float64, since torch may be told to multiply float32 with less than its digits
         dot = ((pulled.double() * (h.detach().double() @ q.detach().double())) @ member.double()).float()
     return loss, dh, dot
-
-
-def _describe(x: torch.Tensor) -> tuple[int, int, int, int, int, int]:
-    """Give a matrix as the extension takes it: pointer, dtype, rows, columns, row stride, column stride."""
-    return (x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.shape[1], x.stride(0), x.stride(1))

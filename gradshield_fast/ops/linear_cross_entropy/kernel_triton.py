@@ -6,23 +6,52 @@ the second pass leaves in its workspace, so those rooms' kernels serve here too.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from gradshield_fast.ops.ghost_dot.kernel_triton import ghost_dot
 from gradshield_fast.ops.ghost_dot_lowrank.kernel_triton import lowrank_project
 from gradshield_fast.ops.triton_support import Tiling, blocks_of, is_wide, jit, launch, not_for_auto, tl, why_not
-from gradshield_fast.ops.triton_tiles import product
+from gradshield_fast.ops.triton_tiles import described_product, product
+from gradshield_fast.ops.triton_tuning import choose, described, tilings
 
 __all__ = ["linear_cross_entropy", "not_for_auto", "why_not"]
 
-LOGITS = Tiling({"BLOCK_T": 128, "BLOCK_V": 64, "BLOCK_I": 64}, warps=8, stages=3, shared=80 * 1024, registers=192)
-LOGITS_MIX = Tiling({"BLOCK_T": 128, "BLOCK_V": 32, "BLOCK_I": 32}, warps=8, stages=3, shared=40 * 1024, registers=128)
-LOGITS_WIDE = Tiling({"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_I": 32}, warps=8, stages=3, shared=40 * 1024, registers=136)
-PULL = Tiling({"BLOCK_T": 128, "BLOCK_C": 128, "BLOCK_I": 32}, warps=8, stages=3, shared=72 * 1024, registers=224)
-PULL_WIDE = Tiling({"BLOCK_T": 64, "BLOCK_C": 64, "BLOCK_I": 32}, warps=8, stages=3, shared=40 * 1024, registers=136)
-TILINGS = (LOGITS, LOGITS_MIX, LOGITS_WIDE, PULL, PULL_WIDE)
+LOGITS = Tiling(
+    {"BLOCK_T": 128, "BLOCK_V": 64, "BLOCK_I": 64, "GROUP": 8}, warps=8, stages=3, shared=73 * 1024, registers=192
+)
+LOGITS_MIX = Tiling(
+    {"BLOCK_T": 128, "BLOCK_V": 32, "BLOCK_I": 32, "GROUP": 8}, warps=8, stages=3, shared=39 * 1024, registers=128
+)
+LOGITS_WIDE = Tiling(
+    {"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_I": 32, "GROUP": 8}, warps=8, stages=3, shared=33 * 1024, registers=136
+)
+PULL = Tiling({"BLOCK_T": 128, "BLOCK_C": 128, "BLOCK_I": 32}, warps=8, stages=3, shared=65 * 1024, registers=224)
+PULL_WIDE = Tiling({"BLOCK_T": 64, "BLOCK_C": 64, "BLOCK_I": 32}, warps=8, stages=3, shared=33 * 1024, registers=136)
+# BLOCK_V cuts the sum over words, BLOCK_I that over the depth; a tile of dh is summed by one program, whatever its size
+OF_LOGITS = tilings(
+    (
+        LOGITS,
+        LOGITS.but(stages=4, shared=97 * 1024),
+        LOGITS.but({"GROUP": 16}),
+        LOGITS.but(descriptors=True),
+        LOGITS.but(stages=4, shared=97 * 1024, descriptors=True),
+    ),
+    (LOGITS.but({"BLOCK_I": 128}, stages=2, shared=97 * 1024, registers=255),),
+    (LOGITS.but({"BLOCK_T": 64}, warps=4, registers=216),),
+)
+OF_LOGITS_MIX = tilings(
+    (LOGITS_MIX, LOGITS_MIX.but(stages=4, shared=51 * 1024), LOGITS_MIX.but(descriptors=True)),
+    (LOGITS_MIX.but({"BLOCK_V": 64}, shared=53 * 1024, registers=208),),
+)
+OF_LOGITS_WIDE = tilings((LOGITS_WIDE, LOGITS_WIDE.but(stages=2, registers=192)), (LOGITS_WIDE.but({"BLOCK_I": 16}),))
+OF_PULL = tilings(
+    (PULL, PULL.but(stages=4, shared=89 * 1024), PULL.but({"BLOCK_T": 64, "BLOCK_C": 64}, warps=4, shared=33 * 1024))
+)
+OF_PULL_WIDE = tilings((PULL_WIDE, PULL_WIDE.but(stages=4, shared=49 * 1024)), (PULL_WIDE.but({"BLOCK_I": 16}),))
+TILINGS = (OF_LOGITS, OF_LOGITS_MIX, OF_LOGITS_WIDE, OF_PULL, OF_PULL_WIDE)
 
-GROUP = 8
 WORKSPACE = 1 << 26
 """Bytes of the second pass's workspace, which holds g for all tokens and a part of the vocabulary."""
 
@@ -46,6 +75,7 @@ def _tile(
     BLOCK_V: tl.constexpr,
     BLOCK_I: tl.constexpr,
     GROUP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """This program's words, tokens and y[t, v] = h[t] . W[v]; a group of token blocks walks over the words together.
@@ -59,10 +89,16 @@ def _tile(
     i_v = (i_p % (GROUP * n_v) // group).to(tl.int64)
     o_t, o_v = i_t * BLOCK_T + tl.arange(0, BLOCK_T), first + i_v * BLOCK_V + tl.arange(0, BLOCK_V)
     m_t, m_v = o_t < tokens, o_v < first + words
-    b_y = product(
-        h + o_t * stride_h_t, weight + o_v * stride_w_v, m_t, m_v, 0, depth, depth,
-        stride_h_i, stride_w_i, BLOCK_T, BLOCK_V, BLOCK_I, INTERPRETED,
-    )  # fmt: skip
+    if DESCRIPTORS:
+        b_y = described_product(
+            h, weight, (i_t * BLOCK_T).to(tl.int32), (first + i_v * BLOCK_V).to(tl.int32), tokens, first + words, depth,
+            stride_h_t, stride_w_v, BLOCK_T, BLOCK_V, BLOCK_I, INTERPRETED,
+        )  # fmt: skip
+    else:
+        b_y = product(
+            h + o_t * stride_h_t, weight + o_v * stride_w_v, m_t, m_v, 0, depth, depth,
+            stride_h_i, stride_w_i, BLOCK_T, BLOCK_V, BLOCK_I, INTERPRETED,
+        )  # fmt: skip
     return o_v, o_t, m_v, m_t, b_y
 
 
@@ -111,12 +147,13 @@ def others_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_I: tl.constexpr,
     GROUP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Write a tile's log of the sum over every word but the label, and the label's logit where the tile holds it."""
     o_v, o_t, m_v, m_t, b_y = _tile(
         h, weight, 0, tokens, vocabulary, depth, stride_h_t, stride_h_i, stride_w_v, stride_w_i,
-        BLOCK_T, BLOCK_V, BLOCK_I, GROUP, INTERPRETED,
+        BLOCK_T, BLOCK_V, BLOCK_I, GROUP, DESCRIPTORS, INTERPRETED,
     )  # fmt: skip
     b_z, _ = _bend(b_y, scale, softcap, CAPPED, FLAT)
     b_label = tl.load(label + o_t, mask=m_t, other=-1)
@@ -163,12 +200,13 @@ def gradient_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_I: tl.constexpr,
     GROUP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Write the gradient at a tile of logits."""
     o_v, o_t, m_v, m_t, b_y = _tile(
         h, weight, first, tokens, words, depth, stride_h_t, stride_h_i, stride_w_v, stride_w_i,
-        BLOCK_T, BLOCK_V, BLOCK_I, GROUP, INTERPRETED,
+        BLOCK_T, BLOCK_V, BLOCK_I, GROUP, DESCRIPTORS, INTERPRETED,
     )  # fmt: skip
     b_z, b_slope = _bend(b_y, scale, softcap, CAPPED, FLAT)
     b_label = tl.load(label + o_t, mask=m_t, other=-1)
@@ -250,20 +288,26 @@ def linear_cross_entropy(
     """
     (tokens, depth), vocabulary = h.shape, weight.shape[0]
     live, label = labels >= 0, labels.clamp_min(0).contiguous()
-    logits = LOGITS_WIDE if is_wide(h, weight) else LOGITS if h.dtype == weight.dtype else LOGITS_MIX
-    pull = PULL_WIDE if is_wide(weight) else PULL
-    n_t = blocks_of(tokens, logits.blocks["BLOCK_T"])
     cap = 1.0 if softcap is None else softcap
-    options = {"CAPPED": softcap is not None, "FLAT": FLAT, "GROUP": GROUP}
+    options = {"CAPPED": softcap is not None, "FLAT": FLAT}
 
-    part = torch.empty(blocks_of(vocabulary, logits.blocks["BLOCK_V"]), tokens, device=h.device, dtype=torch.float32)
-    # stays NaN for a label outside the vocabulary
-    own = torch.full((tokens,), torch.nan, device=h.device, dtype=torch.float32)
-    launch(
-        others_kernel, (n_t * len(part),), logits,
-        h, weight, label, part, own, scale, cap, tokens, vocabulary, depth, *h.stride(), *weight.stride(),
-        **options,
-    )  # fmt: skip
+    def first_pass(tiling: Tiling) -> tuple[torch.Tensor, torch.Tensor]:
+        n_v = blocks_of(vocabulary, tiling.blocks["BLOCK_V"])
+        part = torch.empty(n_v, tokens, device=h.device, dtype=torch.float32)
+        # stays NaN for a label outside the vocabulary
+        own = torch.full((tokens,), torch.nan, device=h.device, dtype=torch.float32)
+        launch(
+            others_kernel, (blocks_of(tokens, tiling.blocks["BLOCK_T"]) * n_v,), tiling,
+            h, weight, label, part, own, scale, cap, tokens, vocabulary, depth, *h.stride(), *weight.stride(),
+            DESCRIPTORS=tiling.descriptors, **options,
+        )  # fmt: skip
+        return part, own
+
+    # one choice for both passes, so that the logits of the second are those of the first
+    given = OF_LOGITS_WIDE if is_wide(h, weight) else OF_LOGITS if h.dtype == weight.dtype else OF_LOGITS_MIX
+    name = f"{others_kernel.__name__}{', softcap' * (softcap is not None)}"
+    logits = choose(name, given, (h, weight), first_pass, descriptors=described(h, weight))
+    part, own = first_pass(logits)
     others = part.logsumexp(0)
     loss = torch.nn.functional.softplus(others - own, threshold=40.0).masked_fill(~live, 0)
     # without a label, no probability: exp(-inf)
@@ -278,21 +322,22 @@ def linear_cross_entropy(
     dh = torch.empty(tokens, depth, device=h.device, dtype=torch.float32)
     dot = None if r is None else torch.zeros(tokens, r.shape[0], device=h.device, dtype=torch.float32)
     pulled = None if p is None else torch.zeros(tokens, p.shape[1], device=h.device, dtype=torch.float32)
+    pull: Tiling | None = None
     for first in range(0, vocabulary, width):
         words = min(width, vocabulary - first)
+        n_t, n_v = blocks_of(tokens, logits.blocks["BLOCK_T"]), blocks_of(words, logits.blocks["BLOCK_V"])
         launch(
-            gradient_kernel, (n_t * blocks_of(words, logits.blocks["BLOCK_V"]),), logits,
+            gradient_kernel, (n_t * n_v,), logits,
             h, weight, label, total, rest, share, g, scale, cap, tokens, first, words, depth,
             *h.stride(), *weight.stride(), width,
-            **options,
+            DESCRIPTORS=logits.descriptors, **options,
         )  # fmt: skip
-        block = weight[first : first + words]
-        programs = blocks_of(tokens, pull.blocks["BLOCK_T"]) * blocks_of(depth, pull.blocks["BLOCK_C"])
-        launch(
-            pull_kernel, (programs,), pull,
-            g, block, dh, tokens, words, depth, width, *weight.stride(),
-            ADD=first > 0,
-        )  # fmt: skip
+        pull_part = partial(_pull, g, weight[first : first + words], dh, first > 0)
+        if pull is None:  # chosen at the first part, which only writes: a later one adds, and may run but once
+            pull = choose(
+                pull_kernel.__name__, OF_PULL_WIDE if is_wide(weight) else OF_PULL, (g[:, :words], weight), pull_part
+            )
+        pull_part(pull)
         if r is not None and dot is not None:
             dot += ghost_dot(h, g[:, :words], r[:, first : first + words])
         if p is not None and pulled is not None:
@@ -300,6 +345,17 @@ def linear_cross_entropy(
     if pulled is not None and q is not None and member is not None:
         dot = (pulled * lowrank_project(h, q)) @ member.float()
     return loss, dh, dot
+
+
+def _pull(g: torch.Tensor, weight: torch.Tensor, dh: torch.Tensor, add: bool, tiling: Tiling) -> None:
+    """Write to dh, or add to it, what a part of the vocabulary gives."""
+    (tokens, depth), words = dh.shape, weight.shape[0]
+    programs = blocks_of(tokens, tiling.blocks["BLOCK_T"]) * blocks_of(depth, tiling.blocks["BLOCK_C"])
+    launch(
+        pull_kernel, (programs,), tiling,
+        g, weight, dh, tokens, words, depth, g.stride(0), *weight.stride(),
+        ADD=add,
+    )  # fmt: skip
 
 
 def part_of(tokens: int, vocabulary: int) -> int:

@@ -5,11 +5,18 @@ from __future__ import annotations
 import torch
 
 from gradshield_fast.ops.triton_support import Tiling, blocks_of, jit, launch, not_for_auto, power_of_two, tl, why_not
+from gradshield_fast.ops.triton_tuning import tilings, tuned
 
 __all__ = ["not_for_auto", "scale_dot", "why_not"]
 
 ROWS = Tiling({"BLOCK_T": 4, "BLOCK_D": 256}, warps=4, stages=2, shared=8 * 1024, registers=72)
-TILINGS = (ROWS,)
+# the axis of the sum is shared by a block's threads: any other block or number of warps adds in another order
+OF_ROWS = tilings(
+    (ROWS, ROWS.but(stages=3)),
+    (ROWS.but({"BLOCK_T": 2, "BLOCK_D": 512}),),
+    (ROWS.but({"BLOCK_T": 1, "BLOCK_D": 1024}),),
+)
+TILINGS = (OF_ROWS,)
 MAX_DIRECTIONS = 4
 """Directions that one pass over x_hat and g serves."""
 
@@ -67,12 +74,21 @@ def scale_dot(x_hat: torch.Tensor | None, g: torch.Tensor, r: torch.Tensor) -> t
     Returns:
         Float32[Tensor, "tokens directions"].
     """
+    return tuned(
+        scale_dot_kernel.__name__ if x_hat is not None else "scale_dot_kernel, bias",
+        OF_ROWS,
+        (g, r),
+        lambda x: _run(x_hat, g, r, x),
+    )
+
+
+def _run(x_hat: torch.Tensor | None, g: torch.Tensor, r: torch.Tensor, tiling: Tiling) -> torch.Tensor:
     (tokens, width), directions = g.shape, r.shape[0]
     block_k = power_of_two(directions, 1, MAX_DIRECTIONS)
     u = torch.empty(tokens, directions, device=g.device, dtype=torch.float32)
     x = g if x_hat is None else x_hat
     launch(
-        scale_dot_kernel, (blocks_of(tokens, ROWS.blocks["BLOCK_T"]), blocks_of(directions, block_k)), ROWS,
+        scale_dot_kernel, (blocks_of(tokens, tiling.blocks["BLOCK_T"]), blocks_of(directions, block_k)), tiling,
         x, g, r, u, tokens, width, directions, *x.stride(), *g.stride(), *r.stride(),
         BIAS=x_hat is None, BLOCK_K=block_k,
     )  # fmt: skip

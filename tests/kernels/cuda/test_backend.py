@@ -73,6 +73,29 @@ def test_without_nvcc_there_is_nothing_to_build(monkeypatch: pytest.MonkeyPatch)
     assert setup_cuda.extensions() == []
 
 
+@pytest.mark.parametrize(
+    ("switch", "path", "installed", "expected"),
+    [
+        (None, "nvcc", False, "on the path"),
+        (None, "", True, "where it installs itself"),
+        (None, "", False, None),
+        ("0", "nvcc", True, None),
+        ("1", "nvcc", False, "on the path"),
+    ],
+)
+def test_whether_cuda_is_built(
+    switch: str | None, path: str, installed: bool, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {path: "on the path", "/usr/local/cuda/bin/nvcc": "where it installs itself" if installed else None}
+    monkeypatch.setattr(setup_cuda.shutil, "which", found.get)
+    monkeypatch.delenv(setup_cuda.SWITCH, raising=False)
+    if switch is not None:
+        monkeypatch.setenv(setup_cuda.SWITCH, switch)
+    assert setup_cuda.find_nvcc() == expected
+    if expected is None:
+        assert setup_cuda.extensions() == []
+
+
 def test_nothing_is_compiled_before_the_linker_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     if setup_cuda.find_nvcc() is None:
         pytest.skip("needs nvcc")

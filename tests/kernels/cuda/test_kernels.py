@@ -13,7 +13,7 @@ from gradshield_fast.ops import cuda
 from gradshield_fast.ops.ghost_norm_sq import kernel_cuda as norm_cuda
 from tests.kernels.cuda.cases import LAYOUTS, OPS, case, error_in_bounds, run
 from tests.kernels.cuda.emulator import EmulatedLaunch
-from tests.ops.cases import DTYPES, LENGTHS, WIDTHS
+from tests.ops.cases import DTYPES, LENGTHS, WIDTHS, boundaries
 
 ALL_OPS = list(OPS)
 
@@ -116,15 +116,55 @@ def test_a_wide_output_is_added_in_parts(emulated: EmulatedLaunch) -> None:
     assert emulated.names == ["ghost_dot"]
 
 
+def listed(
+    lens: list[int], left: int, right: int, *, same: bool
+) -> tuple[list[list[int]], list[list[int]], torch.Tensor]:
+    cu = boundaries(lens).long()
+    made = norm_cuda.plan(cu, int(cu[-1]), left, right, same=same)
+    used = [[item for item in items.tolist() if item[0] >= 0] for items in made[:2]]
+    return used[0], used[1], made.spans
+
+
 def test_examples_take_the_cheaper_form(emulated: EmulatedLaunch) -> None:
-    tokens, columns, spans = norm_cuda.tile_lists([0, 2, 2, 402], 96, 64, same=True)
-    assert tokens.tolist() == [[0, 0, 0, 1]]
-    assert columns.tolist() == [[2, 0, 0, 1], [2, 1, 0, 1]]
-    assert spans.tolist() == [[0, 1], [1, 1], [1, 3]]
-    tokens, _, _ = norm_cuda.tile_lists([0, 100], 512, 512, same=True)
-    assert tokens.tolist() == [[0, 0, 0, 1], [0, 0, 1, 2], [0, 1, 1, 1]]
+    tokens, columns, spans = listed([2, 0, 400], 96, 64, same=True)
+    assert tokens == [[0, 0, 0, 1]]
+    assert columns == [[2, 0, 0, 1], [2, 1, 0, 1]]
+    assert (spans[:, 1] - spans[:, 0]).tolist() == [1, 0, 2]
+    tokens, columns, _ = listed([100], 512, 512, same=True)
+    assert tokens == [[0, 0, 0, 1], [0, 0, 1, 2], [0, 1, 1, 1]]
+    assert not columns
     c = case([2, 0, 400], 96, 64)
     assert error_in_bounds("ghost_norm_sq", c, run("ghost_norm_sq", c)) <= 1
+
+
+@pytest.mark.parametrize("same", [False, True])
+@settings(max_examples=200, deadline=None)
+@given(lens=st.lists(st.integers(0, 900), max_size=6), left=st.integers(0, 700), right=st.integers(0, 700))
+def test_the_bound_on_the_tiles_leaves_room_for_all(same: bool, lens: list[int], left: int, right: int) -> None:
+    tokens, columns, spans = listed(lens, left, right, same=same)
+    side = [-(-n // norm_cuda.TILE) for n in lens]
+    wide = -(-left // norm_cuda.TILE) * -(-right // norm_cuda.TILE)
+    for n, length in enumerate(lens):
+        mine = [item for item in tokens if item[0] == n]
+        if length * (left + right) / (2 if same else 1) > left * right:
+            assert not mine
+            assert sorted(x[1:] for x in columns if x[0] == n) == sorted(
+                [o, i, 1] for o in range(-(-left // norm_cuda.TILE)) for i in range(-(-right // norm_cuda.TILE))
+            )
+            assert spans[n].diff().tolist() == [wide]
+        else:
+            pairs = [(t, u) for u in range(side[n]) for t in range(u + 1 if same else side[n])]
+            assert sorted(x[1:] for x in mine) == sorted([t, u, 2 if same and t < u else 1] for t, u in pairs)
+            assert spans[n].diff().tolist() == [len(pairs)]
+
+
+def test_the_plan_waits_for_no_value() -> None:
+    """On the meta device there are no values, and whatever asked for one would raise."""
+    for examples in (0, 1, 3):
+        cu = torch.empty(examples + 1, dtype=torch.int64, device="meta")
+        for same in (False, True):
+            for made in norm_cuda.plan(cu, 5000, 576, 1536, same=same):
+                assert made.device.type == "meta"
 
 
 def test_boundaries_that_leave_the_tokens_are_not_followed(emulated: EmulatedLaunch) -> None:

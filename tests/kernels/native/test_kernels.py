@@ -10,7 +10,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.native.calls import Size, calls, isas, needs_native
+from gradshield_fast.ops.ghost_dot_lowrank import kernel_native as lowrank_native
+from gradshield_fast.ops.ghost_dot_lowrank import reference as lowrank_reference
+from tests.kernels.native.calls import Call, Size, calls, isas, needs_native
 from tests.ops.cases import BOUND, DTYPES
 
 pytestmark = needs_native
@@ -114,3 +116,24 @@ def test_torch_still_multiplies_after_the_matrix_unit_was_used() -> None:
     for call in calls(Size([64], 96, 64, 16), torch.bfloat16):
         call.run(threads=1)
         assert torch.equal(before, x @ y)
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("tokens", [1, 16, 31, 70, 130])
+@pytest.mark.parametrize(("width", "rank"), [(32, 16), (192, 3), (576, 48), (1568, 130)])
+def test_rows_that_lie_on_whole_lines(tokens: int, width: int, rank: int, isa: int) -> None:
+    # the matrix unit loads these from the caller's memory: what lies between and behind them must not be seen. Numbers
+    # lie there and not NaN, which would show in the results and send the rows to the float32 product.
+    random = torch.Generator().manual_seed(0)
+    buffer = torch.full((tokens, width + 64), 7.0, dtype=torch.bfloat16)
+    x = buffer[:, 32 : 32 + width]
+    x.copy_(torch.randn(tokens, width, generator=random))
+    factor, z = torch.randn(width, rank, generator=random), torch.randn(tokens, rank, generator=random)
+    member = (torch.arange(rank)[:, None] // 5 % 4 == torch.arange(4)).float()
+    for call in (
+        Call(lowrank_native, lowrank_reference, "lowrank_project", (x, factor)),
+        Call(lowrank_native, lowrank_reference, "lowrank_contract", (z, x, factor, member)),
+    ):
+        out = call.run(threads=1, isa=isa)
+        hold(out, call.truth(), call.scale(), call.function)
+        assert torch.equal(out, call.run(threads=3, isa=isa)), call.function

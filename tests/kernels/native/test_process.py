@@ -86,7 +86,11 @@ def test_no_kernel_reads_or_writes_beyond_its_buffers(tmp_path: Path) -> None:
         return made
 
     with ThreadPoolExecutor(2) as workers:
-        objects = list(workers.map(compiled, [*build.sources(), "csrc/tests/driver.cpp"]))
+        objects = list(
+            workers.map(
+                compiled, [*(x for x in build.sources() if not x.startswith(build.HEAD)), "csrc/tests/driver.cpp"]
+            )
+        )
     program = str(tmp_path / "driver")
     subprocess.run(["g++", *sanitizers, "-pthread", *objects, "-o", program], check=True, timeout=300)
     done = subprocess.run([program], capture_output=True, text=True, timeout=300, check=False)

@@ -6,8 +6,8 @@
 #include <limits>
 #include <vector>
 
-#include "csrc/linear_cross_entropy/element.h"
-#include "csrc/linear_cross_entropy/head.h"
+#include "linear_cross_entropy/element.h"
+#include "linear_cross_entropy/head.h"
 
 using gradshield::head::Dtype;
 using gradshield::head::element;
@@ -54,7 +54,7 @@ struct Owned {
         std::memcpy(&bits, &value, 4);
         if (dtype == Dtype::kFloat32)
           floats[i * stride + k] = value;
-        else if (dtype == Dtype::kBfloat16)
+        else if (dtype == Dtype::kBFloat16)
           halves[i * stride + k] = static_cast<uint16_t>(bits >> 16);
         else  // cut a normal float16 out of the float; what is too small for one becomes zero
           halves[i * stride + k] = std::fabs(value) < 1e-4f ? 0
@@ -126,11 +126,11 @@ double worst(const Shape& s) {
 int main() {
   if (gradshield::head::level() == Level::kNone) return 77;
   const Shape shapes[] = {
-      {1, 1, 1, 0, 0, 0, 1, Dtype::kBfloat16, 1, 0},     {0, 9, 8, 1, 1, 0, 2, Dtype::kBfloat16, 1, 0},
-      {33, 65, 33, 3, 1, 5, 2, Dtype::kBfloat16, 1, 0},  {5, 2500, 40, 17, 0, 1, 3, Dtype::kBfloat16, 1, 0},
+      {1, 1, 1, 0, 0, 0, 1, Dtype::kBFloat16, 1, 0},     {0, 9, 8, 1, 1, 0, 2, Dtype::kBFloat16, 1, 0},
+      {33, 65, 33, 3, 1, 5, 2, Dtype::kBFloat16, 1, 0},  {5, 2500, 40, 17, 0, 1, 3, Dtype::kBFloat16, 1, 0},
       {40, 90, 31, 40, 2, 3, 2, Dtype::kFloat32, -2, 4}, {17, 70, 64, 16, 1, 0, 1, Dtype::kFloat16, 1, 0},
-      {3, 40, 700, 1, 1, 2, 1, Dtype::kBfloat16, 1, 0},  {3, 40, 1100, 1, 1, 2, 2, Dtype::kFloat32, 1, 0},
-      {530, 40, 9, 2, 0, 0, 3, Dtype::kBfloat16, 0, 0}};
+      {3, 40, 700, 1, 1, 2, 1, Dtype::kBFloat16, 1, 0},  {3, 40, 1100, 1, 1, 2, 2, Dtype::kFloat32, 1, 0},
+      {530, 40, 9, 2, 0, 0, 3, Dtype::kBFloat16, 0, 0}};
   int wrong = 0;
   for (Level upto : {Level::kAmx, Level::kBf16, Level::kAvx512})
     for (Shape s : shapes) {

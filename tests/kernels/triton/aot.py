@@ -3,7 +3,8 @@
     python -m tests.kernels.triton.aot [--target sm_90] [--kernel project_kernel] [--first]
 
 A case is one kernel, one tiling and one set of input types. It holds where nothing spills, registers and shared memory
-stay inside the tiling's budget, the matrix instructions of the target are there, and asynchronous copies move 16 bytes.
+stay inside the tiling's budget, the matrix instructions of the target are there, asynchronous copies move 16 bytes, and
+tensor descriptors become copies of whole tiles. Tilings of one group must also sum in one order (`order.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gradshield_fast.ops.triton_support import Tiling
+from gradshield_fast.ops.triton_tuning import Device, runnable
+from tests.kernels.triton.order import order_of_sums
 from tests.kernels.triton.variants import VARIANTS, Variant
 
 TARGETS = {
@@ -63,18 +66,30 @@ class Report(NamedTuple):
     instructions: tuple[str, ...]
     seconds: float
     faults: tuple[str, ...]
+    order: tuple[str, ...]
 
 
-def cases(targets: list[str], *, first_only: bool = False) -> Iterator[tuple[str, Variant, Tiling]]:
-    """List target, variant and tiling of every case; with `first_only` the first tiling of each kernel alone."""
+def device(target: str) -> Device:
+    """A target as the choice of tilings sees it."""
+    cuda = TARGETS[target].backend == "cuda"
+    return Device(target, SHARED_LIMIT[target], cuda and int(TARGETS[target].arch) >= 90, not cuda)
+
+
+def cases(targets: list[str], *, first_only: bool = False) -> Iterator[tuple[str, Variant, int, Tiling]]:
+    """List target, variant, group and tiling of every case that the target may be given.
+
+    With `first_only` each kernel's tilings are taken with the first types that they are for.
+    """
     for target in targets:
-        seen: set[str] = set()
+        seen: set[tuple[str, int]] = set()
         for variant in VARIANTS:
-            name = variant.kernel.__name__
-            if first_only and name in seen:
+            use = variant.kernel.__name__, id(variant.tilings)
+            if first_only and use in seen:
                 continue
-            seen.add(name)
-            yield target, variant, variant.tiling
+            seen.add(use)
+            for at, group in enumerate(runnable(variant.tilings, device(target), descriptors=True)):
+                for tiling in group:
+                    yield target, variant, at, tiling
 
 
 def check(target: str, variant: Variant, tiling: Tiling) -> Report:
@@ -93,12 +108,15 @@ def check(target: str, variant: Variant, tiling: Tiling) -> Report:
         spilled = _last(r"\.vgpr_spill_count:\s+(\d+)", text)
     shared = compiled.metadata.shared
     wanted = (MATRIX_INSTRUCTION[target], FALLBACK.get(target, MATRIX_INSTRUCTION[target]))
-    found = tuple(sorted({word for word in (*wanted, "cp.async") if word in text}))
+    found = tuple(sorted({word for word in (*wanted, "cp.async.bulk.tensor", "cp.async.cg") if word in text}))
     faults = []
     if spilled:
         faults.append(f"{spilled} bytes or registers spilled")
-    if shared > min(tiling.shared, SHARED_LIMIT[target]):
-        faults.append(f"shared memory {shared} > {min(tiling.shared, SHARED_LIMIT[target])}")
+    budget = min(tiling.shared if backend == "cuda" else tiling.shared_amd, SHARED_LIMIT[target])
+    if shared > budget:
+        faults.append(f"shared memory {shared} > {budget}")
+    if tiling.descriptors and "cp.async.bulk.tensor" not in text:
+        faults.append("no copies of whole tiles")
     if backend == "cuda" and registers > tiling.registers:
         faults.append(f"registers {registers} > {tiling.registers}")
     if variant.matrix and not any(word in text for word in wanted[: 1 if variant.matrix == "best" else 2]):
@@ -106,13 +124,16 @@ def check(target: str, variant: Variant, tiling: Tiling) -> Report:
     copies = set(re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (\w+)", text))
     if copies - {"0x10"}:
         faults.append(f"asynchronous copies of {sorted(copies)} bytes, not all 16")
-    case = f"{target} {variant.kernel.__name__} {variant.name} {dict(tiling.blocks)} w{tiling.warps} s{stages}"
-    return Report(case, registers, spilled, shared, found, time.perf_counter() - begun, tuple(faults))
+    case = f"{target} {variant.kernel.__name__} {variant.name} {tiling.label}"
+    order = order_of_sums(compiled.asm["ttgir"])
+    return Report(case, registers, spilled, shared, found, time.perf_counter() - begun, tuple(faults), order)
 
 
 def source(variant: Variant, tiling: Tiling) -> ASTSource:
     """The kernel with its argument types: pointers and sizes aligned to 16 as torch's are, depth strides of 1."""
     kernel, constants = variant.kernel, {**tiling.blocks, **variant.constants, "INTERPRETED": False}
+    if "DESCRIPTORS" in kernel.arg_names:
+        constants["DESCRIPTORS"] = tiling.descriptors
     for name in variant.ones:
         constants[name] = 1
     signature, attributes = {}, {}
@@ -150,7 +171,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--first", action="store_true", help="only the first variant of each kernel")
     options = parser.parse_args(arguments)
     faults = 0
-    for target, variant, tiling in cases(options.target or list(TARGETS), first_only=options.first):
+    for target, variant, _, tiling in cases(options.target or list(TARGETS), first_only=options.first):
         if options.kernel and options.kernel not in variant.kernel.__name__:
             continue
         report: Any = check(target, variant, tiling)

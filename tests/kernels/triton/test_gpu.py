@@ -18,6 +18,10 @@ from gradshield_fast.ops import (
 from tests.ops.cases import BOUND, DTYPES, boundaries
 
 pytest.importorskip("triton", reason="Triton is not installed")
+
+from gradshield_fast.ops.triton_tuning import about, runnable
+from tests.kernels.triton import interpreted_tilings as every
+
 pytestmark = pytest.mark.gpu
 
 LENS = [700, 0, 1, 323, 64]
@@ -137,3 +141,19 @@ def test_more_than_two_to_the_31_elements() -> None:
     for out in (dense, low):
         assert float(out[-1]) == 16 * width
         assert not out[:-1].any()
+
+
+@pytest.mark.parametrize("name", every.CASES)
+def test_every_tiling_is_right_and_a_group_has_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the compiled code promises of a group (`order.py`), seen in the results."""
+    given, calls = every.CASES[name]
+    on_gpu = [[v.cuda() if isinstance(v, torch.Tensor) else v for v in call[2]] for call in calls]
+    for group in runnable(given, about(torch.device("cuda", 0)), descriptors=True):
+        first: list[torch.Tensor] = []
+        for tiling in group:
+            every.force(monkeypatch, given, tiling)
+            outs = [call[0](*inputs).cpu() for call, inputs in zip(calls, on_gpu, strict=True)]
+            for out, call in zip(outs, calls, strict=True):
+                every.within(name, out, call)
+            first = first or outs
+            assert all(map(torch.equal, outs, first)), tiling.label

@@ -39,3 +39,8 @@ def test_every_op_keeps_the_promise_of_its_room(ops: list[str]) -> None:
 @pytest.mark.slow
 def test_shapes_types_and_plants() -> None:
     assert "passed" in run("tests/kernels/triton/interpreted.py")
+
+
+@pytest.mark.slow
+def test_every_tiling() -> None:
+    assert "passed" in run("tests/kernels/triton/interpreted_tilings.py")
