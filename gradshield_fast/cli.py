@@ -79,7 +79,7 @@ def filter_corpus(
     max_row_bytes: o.MaxRowBytes = MAX_ROW_BYTES,
     chat_template: o.ChatTemplate = None,
     max_length: o.MaxLength = None,
-    batch_tokens: o.BatchTokens = 2048,
+    batch_tokens: o.AutoBatchTokens = "2048",
     part_rows: o.PartRows = 1024,
     normalize: o.Normalize = "none",
     norms: o.Norms = False,
@@ -113,7 +113,7 @@ def filter_corpus(
         scoring=ScoringOptions(
             max_length,
             o.read_template(chat_template),
-            batch_tokens,
+            o.parse_batch_tokens(batch_tokens),
             part_rows,
             normalize,
             norms,
@@ -145,7 +145,7 @@ def score_corpus(
     max_row_bytes: o.MaxRowBytes = MAX_ROW_BYTES,
     chat_template: o.ChatTemplate = None,
     max_length: o.MaxLength = None,
-    batch_tokens: o.BatchTokens = 2048,
+    batch_tokens: o.AutoBatchTokens = "2048",
     part_rows: o.PartRows = 1024,
     normalize: o.Normalize = "none",
     norms: o.Norms = False,
@@ -167,7 +167,7 @@ def score_corpus(
         scoring=ScoringOptions(
             max_length,
             o.read_template(chat_template),
-            batch_tokens,
+            o.parse_batch_tokens(batch_tokens),
             part_rows,
             normalize,
             norms,
@@ -381,7 +381,7 @@ def _dry(options: RunOptions) -> int:
     with watching() as reporter:
         dry = dry_run(options, reporter)
     width = {"float64": 8, "bfloat16": 2, "float16": 2}.get(options.model.dtype, 4)
-    print_dry_run(dry, width, options.scoring.batch_tokens, Console())
+    print_dry_run(dry, width, dry.batch_tokens, Console())
     return DONE if set(dry.statuses) <= {"ok", "truncated"} else SOME_UNSCORED
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -94,6 +94,9 @@ MaxLength = Annotated[
     _option("--max-length", help="Cut rows to this many tokens; default: the model's context.", panel=_ROWS),
 ]
 BatchTokens = Annotated[int, _option("--batch-tokens", help="Tokens of a batch, padding included.", panel=_ROWS)]
+AutoBatchTokens = Annotated[
+    str, _option("--batch-tokens", help="Tokens of a batch, padding included; auto: by the free memory.", panel=_ROWS)
+]
 PartRows = Annotated[int, _option("--part-rows", help="Rows that are committed together.", panel=_ROWS)]
 Normalize = Annotated[str, _option("--normalize", help="none: the dot product; cosine.", panel=_ROWS)]
 Norms = Annotated[bool, _option("--norms", help="Also record gradient norms.", panel=_ROWS)]
@@ -146,6 +149,26 @@ def parse_columns(text: str | None) -> Mapping[str, str] | None:
             raise InputError(f"--columns takes name=column, each name once, with commas between: got {entry!r}")
         out[name] = column
     return out
+
+
+def parse_batch_tokens(text: str) -> int | Literal["auto"]:
+    """Read the value of --batch-tokens.
+
+    Args:
+        text: a number, or "auto".
+
+    Returns:
+        The number, or "auto".
+
+    Raises:
+        InputError: it is neither.
+    """
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"--batch-tokens takes a number or auto: got {text!r}") from None
 
 
 def read_template(path: Path | None) -> str | None:

@@ -13,6 +13,9 @@ from gradshield_fast.errors import InputError
 if TYPE_CHECKING:
     from gradshield_fast.chat import Encoded
 
+BATCH_TOKENS = 2048
+"""Tokens of a batch where nothing better is known."""
+
 _Item = tuple[int, "Encoded"]
 
 # A batch ends early where one more row would make more of it padding than this, once it holds a quarter of its budget.

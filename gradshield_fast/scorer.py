@@ -149,6 +149,11 @@ class Scorer:
         return {op: "+".join(sorted(names)) for op, names in sorted(self._ran.items())}
 
     @property
+    def device(self) -> torch.device:
+        """Where the model takes its input."""
+        return self._device
+
+    @property
     def methods(self) -> dict[str, list[str]]:
         """Which rule scores which weight: "method @ module" of each use; settled once a batch was scored."""
         return self._plan.methods()

@@ -9,7 +9,7 @@ from typing import Any
 
 from gradshield_fast.chat import Encoded
 from gradshield_fast.loading import count_parameters, load_config, load_tokenizer
-from gradshield_fast.packing import pack
+from gradshield_fast.packing import BATCH_TOKENS, pack
 from gradshield_fast.pipeline.engine import corpus_rows, encode_row
 from gradshield_fast.pipeline.identity import identity
 from gradshield_fast.pipeline.options import RunOptions
@@ -29,6 +29,7 @@ class DryRun:
         tokens: tokens that would be scored.
         response_tokens: those of them that the loss is on.
         longest: tokens of the longest row that would be scored.
+        batch_tokens: tokens of a batch; for "auto", which needs the weights, those where nothing is known.
         batches: batches that would be scored.
         padding: share of their tokens that is padding.
         encoder: how rows are encoded.
@@ -43,6 +44,7 @@ class DryRun:
     tokens: int = 0
     response_tokens: int = 0
     longest: int = 0
+    batch_tokens: int = BATCH_TOKENS
     batches: int = 0
     padding: float = 0.0
     encoder: dict[str, Any] = field(default_factory=dict)
@@ -78,9 +80,10 @@ def dry_run(options: RunOptions, reporter: Reporter | None = None) -> DryRun:
     reporter.stage("encoding")
     padded = 0
     scoring = options.scoring
-    for batch in pack(
-        _encoded(options, encoder, out, reporter), batch_tokens=scoring.batch_tokens, window=scoring.part_rows
-    ):
+    if scoring.batch_tokens != "auto":
+        out.batch_tokens = scoring.batch_tokens
+    rows = _encoded(options, encoder, out, reporter)
+    for batch in pack(rows, batch_tokens=out.batch_tokens, window=scoring.part_rows):
         out.batches += 1
         padded += batch.input_ids.size
     out.padding = 1.0 - out.tokens / padded if padded else 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from gradshield_fast.pipeline.parts import Part
 from gradshield_fast.pipeline.progress import Reporter
 
 if TYPE_CHECKING:
+    from gradshield_fast.memory import Choice
     from gradshield_fast.scorer import Scorer, Scores
 
 
@@ -31,7 +32,15 @@ class Engine:
         halved: batches that did not fit into memory and were scored in halves.
     """
 
-    def __init__(self, scorer: Scorer, encoder: ChatEncoder, options: ScoringOptions, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        scorer: Scorer,
+        encoder: ChatEncoder,
+        options: ScoringOptions,
+        reporter: Reporter,
+        batch_tokens: int | None = None,
+        chosen: Callable[[Choice], None] | None = None,
+    ) -> None:
         """Take what all parts share.
 
         Args:
@@ -39,10 +48,14 @@ class Engine:
             encoder: turns a conversation into tokens.
             options: how the rows are scored.
             reporter: told about each batch.
+            batch_tokens: what an earlier start of the run chose, where the options leave it open.
+            chosen: told what this one chose, before anything is scored.
         """
         self._scorer, self._encoder, self._options, self._reporter = scorer, encoder, options, reporter
         self._norms = np.array(scorer.direction.norm)
         self._vocabulary = _vocabulary(scorer.model)
+        self._batch_tokens = batch_tokens if options.batch_tokens == "auto" else options.batch_tokens
+        self._chosen = chosen
         self.halved = 0
 
     def score(self, rows: Iterable[Row], first: int, count: int) -> Part:
@@ -79,11 +92,22 @@ class Engine:
         if seen < count:
             raise InputError(f"the corpus has changed: row {first + seen} was there when it was counted, and is gone")
         if items:
-            self._scorer.settle(_given(next(pack(items[:1], batch_tokens=self._options.batch_tokens))))
-        padded = self._scorer.ways.get("packing") != "packed"
-        for batch in pack(items, batch_tokens=self._options.batch_tokens, window=max(1, count), padded=padded):
-            self._score_batch(batch, part)
+            self._score_items(items, part)
         return part
+
+    def _score_items(self, items: list[tuple[int, Encoded]], part: Part) -> None:
+        self._scorer.settle(_given(next(pack(items[:1], batch_tokens=1))))
+        if self._batch_tokens is None:
+            from gradshield_fast.memory import choose_batch_tokens
+
+            choice = choose_batch_tokens(self._scorer, max(len(row.input_ids) for _, row in items))
+            self._batch_tokens = choice.tokens
+            self._reporter.note(f"batches of {choice.tokens} tokens: {choice.why}")
+            if self._chosen is not None:
+                self._chosen(choice)
+        padded = self._scorer.ways.get("packing") != "packed"
+        for batch in pack(items, batch_tokens=self._batch_tokens, window=len(items), padded=padded):
+            self._score_batch(batch, part)
 
     def _score_batch(self, batch: Batch, part: Part) -> None:
         """Score a batch; where it does not fit into memory, its halves."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from gradshield_fast.corpus import MAX_ROW_BYTES
 from gradshield_fast.errors import InputError
@@ -105,7 +106,8 @@ class ScoringOptions:
     Attributes:
         max_length: rows are cut to as many tokens; None: the model's context length.
         template: Jinja source of a chat template, or the name of one of the tokenizer's; None: the tokenizer's.
-        batch_tokens: tokens of a batch, padding included.
+        batch_tokens: tokens of a batch, padding included; "auto": as many as fit the free memory when the run begins,
+            which it then keeps. Batches change scores by rounding at the most.
         part_rows: rows of a part, the unit that is committed and resumed.
         normalize: "none": the dot product; "cosine": divided by the norms of gradient and direction.
         norms: also record the gradient norms (the cosine does).
@@ -118,7 +120,7 @@ class ScoringOptions:
 
     max_length: int | None = None
     template: str | None = None
-    batch_tokens: int = 2048
+    batch_tokens: int | Literal["auto"] = 2048
     part_rows: int = 1024
     normalize: str = "none"
     norms: bool = False
@@ -134,7 +136,9 @@ class ScoringOptions:
         if self.loss_reduction not in REDUCTIONS:
             raise InputError(f"--loss-reduction must be one of {', '.join(REDUCTIONS)}: got {self.loss_reduction!r}")
         for option, value in (("--batch-tokens", self.batch_tokens), ("--part-rows", self.part_rows)):
-            if value < 1:
+            if isinstance(value, str) and value != "auto":
+                raise InputError(f"{option} must be a number or 'auto': got {value!r}")
+            if isinstance(value, int) and value < 1:
                 raise InputError(f"{option} must be at least 1: got {value}")
 
     @property

@@ -33,6 +33,7 @@ from gradshield_fast.pipeline.progress import Reporter
 
 if TYPE_CHECKING:
     from gradshield_fast.direction import Direction
+    from gradshield_fast.memory import Choice
     from gradshield_fast.scorer import Scorer
 
 
@@ -200,7 +201,14 @@ def _score(folder: RunFolder, manifest: dict[str, Any], options: RunOptions, rep
         ) as scorer:
             done = manifest["rows"] - sum(_rows_of(manifest, n) for n in missing)
             reporter.stage("scoring", manifest["rows"], done=done)
-            engine = Engine(scorer, encoder, scoring, reporter)
+            kept = manifest.get("batches", {}).get("tokens")
+
+            def choose(choice: Choice) -> None:
+                # before the first part: every start of a run makes the same batches
+                manifest["batches"] = asdict(choice)
+                folder.write_json(folder.manifest, manifest)
+
+            engine = Engine(scorer, encoder, scoring, reporter, kept, choose)
             for numbers in _runs(missing):
                 rows = corpus_rows(options.corpus, numbers[0] * scoring.part_rows)
                 for number in numbers:

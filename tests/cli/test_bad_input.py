@@ -150,6 +150,7 @@ def test_probes_that_are_none(filter_: Cli, good: Path, tmp_path: Path, content:
         (("--normalize", "l1"), "--normalize"),
         (("--loss-reduction", "max"), "--loss-reduction"),
         (("--batch-tokens", 0), "--batch-tokens"),
+        (("--batch-tokens", "many"), "a number or auto"),
         (("--max-length", 1), "max_length"),
         (("--max-length", 100_000), "--max-length"),
         (("--alpha", 1, "--threshold", 1), "--alpha"),
