@@ -1,6 +1,6 @@
 """Attention's two passes against torch's own, on rows of one length, so that torch's padded batch has no padding.
 
-python benchmarks/ops/attention_vs_torch.py [--threads 2] [--tokens 2048] [--repeats 9]
+python benchmarks/ops/attention_vs_torch.py [--threads 2] [--tokens 2048] [--repeats 9] [--dtype float32]
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from gradshield_fast.op_cases import HEADS
+from gradshield_fast.op_cases import DTYPES, HEADS
 from gradshield_fast.ops import varlen_attention
 
 
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--backend", default="auto")
+    parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print("| model | rows x tokens | forward, ms | torch's | backward, ms | torch's | ratios |\n" + "|---" * 7 + "|")
@@ -52,7 +53,9 @@ def main() -> None:
         for length in args.lengths:
             rows = max(args.tokens // length, 1)
             cu = torch.arange(0, rows * length + 1, length, dtype=torch.int32)
-            packed = [torch.randn(rows * length, h, d).bfloat16() for h in (heads, kv_heads, kv_heads, heads)]
+            packed = [
+                torch.randn(rows * length, h, d).to(DTYPES[args.dtype]) for h in (heads, kv_heads, kv_heads, heads)
+            ]
             batch = [x.view(rows, length, -1, d).transpose(1, 2) for x in packed]
 
             def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor = cu) -> torch.Tensor:
