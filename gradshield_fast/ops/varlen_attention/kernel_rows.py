@@ -1,6 +1,6 @@
 """Attention on the CPU in types that our own kernels do not take: torch's flash attention, one row at a time.
 
-Rows that need a window or a softcap, for which that has no form, go by the formulas of reference.py.
+Rows that need a window, a softcap or a scale that is not positive, for which that has no form, go by reference.py.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def forward(
     Returns:
         Float[Tensor, "tokens heads d"], and Float32[Tensor, "heads tokens"], log sum exp z.
     """
-    if _by_formula(q, window, softcap):
+    if _by_formula(q, scale, window, softcap):
         return reference.forward(q, k, v, cu_seqlens, scale, window, softcap)
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
@@ -93,7 +93,7 @@ def backward(
     Returns:
         The gradients of q, k and v, contiguous, in their dtypes.
     """
-    if _by_formula(q, window, softcap):
+    if _by_formula(q, scale, window, softcap):
         return reference.backward(dout, q, k, v, out, lse, cu_seqlens, scale, window, softcap)
     heads, kv_heads = q.shape[1], k.shape[1]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
@@ -109,8 +109,9 @@ def backward(
     return dq, dk, dv
 
 
-def _by_formula(q: torch.Tensor, window: int | None, softcap: float | None) -> bool:
-    return softcap is not None or (window is not None and window < q.shape[0])
+def _by_formula(q: torch.Tensor, scale: float, window: int | None, softcap: float | None) -> bool:
+    # torch's answers NaN to a negative scale
+    return scale <= 0 or softcap is not None or (window is not None and window < q.shape[0])
 
 
 def _rows(cu_seqlens: torch.Tensor) -> list[tuple[int, int]]:
