@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradshield_fast import Scorer
+from gradshield_fast import Scorer, scorer
 from gradshield_fast.errors import BackendUnavailable, InputError
 from gradshield_fast.ops import native
 from tests.models.zoo import direction_over, make, rows_of
@@ -18,14 +18,20 @@ needs_native = pytest.mark.skipif(native.extension is None, reason=native.missin
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rank", [None, 2])
-def test_native_gives_the_reference_scores(name: str, dtype: torch.dtype, rank: int | None) -> None:
+def test_native_gives_the_reference_scores(
+    name: str, dtype: torch.dtype, rank: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if dtype == torch.bfloat16:
+        # a fused head may round what it hands back differently on each backend, and a bfloat16 model carries that on:
+        # with its own head and attention it gives both the same activations and gradients
+        monkeypatch.setattr(scorer, "faster_call", lambda model, plan, calibration: (calibration.call, {}))
     model = make(name, torch.float32).to(dtype)
     direction, batch = direction_over(model), rows_of(LENGTHS)
     direction = direction if rank is None else direction.low_rank(rank=rank)
     out = {}
     for backend in ("native", "reference"):
-        with Scorer(model, direction, backend=backend, norms=True) as scorer:
-            out[backend] = scorer.score(batch)
+        with Scorer(model, direction, backend=backend, norms=True) as it:
+            out[backend] = it.score(batch)
         # attention is the model's own work, not scoring, and takes what is best whatever the backend
         assert {ran for op, ran in out[backend].backends.items() if op != "varlen_attention"} == {backend}
     fast, slow = out["native"], out["reference"]
@@ -40,9 +46,9 @@ def test_native_gives_the_reference_scores(name: str, dtype: torch.dtype, rank: 
 def test_the_result_says_what_ran() -> None:
     model = make("llama", torch.float32)
     batch = rows_of(LENGTHS)
-    with Scorer(model, direction_over(model)) as scorer:
-        assert scorer.backends == {}
-        ran = scorer.score(batch).backends
+    with Scorer(model, direction_over(model)) as it:
+        assert it.backends == {}
+        ran = it.score(batch).backends
     assert set(ran) == {"embedding_dot", "ghost_dot", "scale_dot", "linear_cross_entropy", "varlen_attention"}
     assert set(ran.values()) <= {"native", "reference"}
 
