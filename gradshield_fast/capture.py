@@ -11,7 +11,8 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gradshield_fast.errors import BackendUnavailable, InputError, ScoringError, is_out_of_memory
-from gradshield_fast.layers import MatrixRule, Rule
+from gradshield_fast.matrix_rules import MatrixRule
+from gradshield_fast.rule import Rule
 from gradshield_fast.tally import Tally
 from gradshield_fast.universal import Call, MethodFailed, UniversalRule, detached
 

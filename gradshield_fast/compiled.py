@@ -18,8 +18,9 @@ from torch import nn
 
 from gradshield_fast.batches import PaddedBatch, packed_batch
 from gradshield_fast.errors import InputError, ScoringError
-from gradshield_fast.layers import MatrixRule, ScaleRule
+from gradshield_fast.layers import ScaleRule
 from gradshield_fast.layout import Layout
+from gradshield_fast.matrix_rules import MatrixRule
 from gradshield_fast.plan import Plan
 from gradshield_fast.repeated import reclassed, repeated_layers, with_forward
 from gradshield_fast.tally import Tally

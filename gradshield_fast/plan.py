@@ -17,8 +17,10 @@ from torch import nn
 
 from gradshield_fast.capture import Site
 from gradshield_fast.direction import Direction, Entry
-from gradshield_fast.layers import Context, HeadRule, MatrixRule, SharedInput, make_rule, method_of
+from gradshield_fast.layers import make_rule, method_of
 from gradshield_fast.layout import Layout
+from gradshield_fast.matrix_rules import HeadRule, MatrixRule, SharedInput
+from gradshield_fast.rule import Context
 from gradshield_fast.universal import CHAIN, UniversalRule
 
 Key = tuple[str, str]

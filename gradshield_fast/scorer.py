@@ -17,14 +17,15 @@ from gradshield_fast.compiled import CompiledLayers
 from gradshield_fast.direction import Direction
 from gradshield_fast.errors import BackendUnavailable, InputError, ScoringError
 from gradshield_fast.faster import faster_call
-from gradshield_fast.layers import Context, HeadRule
 from gradshield_fast.layout import RowAxisLost
 from gradshield_fast.losses import Call, accepts, eager_experts
+from gradshield_fast.matrix_rules import HeadRule
 from gradshield_fast.ops import dispatch
 from gradshield_fast.ops.checks import accumulate_dtype
 from gradshield_fast.oracle import autograd_truth
 from gradshield_fast.plan import Plan, all_of
 from gradshield_fast.repeated import checkpointed
+from gradshield_fast.rule import Context
 from gradshield_fast.step import run_step
 from gradshield_fast.tally import Tally
 from gradshield_fast.universal import MethodFailed

@@ -10,8 +10,8 @@ from gradshield_fast import attention
 from gradshield_fast.batches import PaddedBatch, packed_batch
 from gradshield_fast.capture import Capture
 from gradshield_fast.compiled import CompiledLayers
-from gradshield_fast.layers import HeadRule
 from gradshield_fast.losses import Call, row_losses
+from gradshield_fast.matrix_rules import HeadRule
 from gradshield_fast.plan import Plan
 from gradshield_fast.tally import Tally
 

@@ -19,9 +19,11 @@ import torch
 from torch import nn
 
 from gradshield_fast.capture import Site
-from gradshield_fast.layers import MatrixRule, Rule, ScaleRule
+from gradshield_fast.layers import ScaleRule
+from gradshield_fast.matrix_rules import MatrixRule
 from gradshield_fast.ops import ghost_norm_sq
 from gradshield_fast.repeated import reclassed, with_forward
+from gradshield_fast.rule import Rule
 
 
 @dataclass(eq=False)

@@ -27,9 +27,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from gradshield_fast.direction import Entry
 from gradshield_fast.errors import BackendUnavailable, is_out_of_memory
-from gradshield_fast.layers import Context
 from gradshield_fast.layout import Layout, RowAxisLost
 from gradshield_fast.lowrank import LowRank
+from gradshield_fast.rule import Context
 from gradshield_fast.tally import Tally
 
 CHAIN = ("jvp", "double_vjp", "row_vjp")
