@@ -25,7 +25,7 @@ LOGITS_MIX = Tiling(
     {"BLOCK_T": 128, "BLOCK_V": 32, "BLOCK_I": 32, "GROUP": 8}, warps=8, stages=3, shared=39 * 1024, registers=128
 )
 LOGITS_WIDE = Tiling(
-    {"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_I": 32, "GROUP": 8}, warps=8, stages=3, shared=33 * 1024, registers=136
+    {"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_I": 32, "GROUP": 8}, warps=8, stages=3, shared=33 * 1024, registers=144
 )
 PULL = Tiling({"BLOCK_T": 128, "BLOCK_C": 128, "BLOCK_I": 32}, warps=8, stages=3, shared=65 * 1024, registers=224)
 PULL_WIDE = Tiling({"BLOCK_T": 64, "BLOCK_C": 64, "BLOCK_I": 32}, warps=8, stages=3, shared=33 * 1024, registers=136)
@@ -43,7 +43,6 @@ OF_LOGITS = tilings(
 )
 OF_LOGITS_MIX = tilings(
     (LOGITS_MIX, LOGITS_MIX.but(stages=4, shared=51 * 1024), LOGITS_MIX.but(descriptors=True)),
-    (LOGITS_MIX.but({"BLOCK_V": 64}, shared=53 * 1024, registers=208),),
 )
 OF_LOGITS_WIDE = tilings((LOGITS_WIDE, LOGITS_WIDE.but(stages=2, registers=192)), (LOGITS_WIDE.but({"BLOCK_I": 16}),))
 OF_PULL = tilings(
