@@ -43,7 +43,7 @@ def write(path: Path, parts: Sequence[dict[str, torch.Tensor | LowRank]], head: 
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
-        save_file(tensors, temporary, metadata={"format": FORMAT, "direction": json.dumps(head)})
+        save_file(tensors, temporary, metadata={"direction": json.dumps({"format": FORMAT, **head})})
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
@@ -77,9 +77,10 @@ def read(path: Path) -> tuple[list[dict[str, torch.Tensor | LowRank]], dict[str,
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        if metadata.get("format") != FORMAT:
+        # one key: several are written in an order that changes from run to run; older files have the format beside it
+        head = json.loads(metadata.get("direction", "{}"))
+        if FORMAT not in (head.get("format"), metadata.get("format")) or not head:
             return [dict(tensors)], {}
-        head = json.loads(metadata["direction"])
         parts: list[dict[str, torch.Tensor | LowRank]] = [{} for _ in range(head["count"])]
         for key, tensor in tensors.items():
             k, kind, name = key.split("/", 2)
@@ -89,7 +90,7 @@ def read(path: Path) -> tuple[list[dict[str, torch.Tensor | LowRank]], dict[str,
                 parts[int(k)][name] = tensor
         if not all(parts):
             raise ValueError("a direction has no tensors")
-    except (SafetensorError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a readable direction file ({error}); make the direction again") from error
     return parts, head
 

@@ -183,6 +183,15 @@ def test_what_cannot_be_a_direction_is_refused() -> None:
         Direction.stack([])
 
 
+def test_the_same_direction_is_saved_as_the_same_bytes(tmp_path: Path) -> None:
+    direction = Direction({"w": torch.ones(4, 3), "b": torch.ones(4)}, meta={"a": 1, "b": [2]})
+    saved = set()
+    for n in range(8):
+        direction.save(tmp_path / f"{n}.safetensors")
+        saved.add((tmp_path / f"{n}.safetensors").read_bytes())
+    assert len(saved) == 1
+
+
 def test_files_that_are_not_directions_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nothing\.safetensors: no such direction file"):
         Direction.load(tmp_path / "nothing.safetensors")
