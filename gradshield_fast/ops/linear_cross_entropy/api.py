@@ -120,8 +120,8 @@ def linear_cross_entropy(
         |error of dh[t]| <= eps(bfloat16) sum_v |g[t, v]| |W[v]|
         |error of dot[t, k]| <= eps(bfloat16) sum_v |g[t, v]| (|r_k[v]| . |h[t]|),    eps(bfloat16) = 2^-7
 
-    This holds term by term, so the small gradient of a sure model keeps its relative accuracy: bfloat16 has float32's
-    range, and the label's g comes from the float32 sum of the others. The loss stays exact.
+    and beside both 1e-9 token_weight[t] for each word: where the model is all but sure of its label, a rounded gradient
+    may lose its relative accuracy, which the exact one keeps. The loss stays exact.
 
     Args:
         h: Float[Tensor, "tokens d"], hidden states entering the head; positions without a loss are best left out.

@@ -44,9 +44,9 @@ MATRIX_INSTRUCTION = {
     "sm_120": "mma.sync",
     "gfx942": "v_mfma",
 }
-SPILLS = {"sm_89": 8}
-"""Bytes that may be spilled. On sm_89 two small tilings of mixed types spill 8 of a thread's 1020 bytes of registers,
-and a smaller tile would read its operands twice; every other target holds all in registers."""
+SPILLS = {"sm_89": 8, "sm_120": 16}
+"""Bytes that may be spilled: a few small tilings of mixed types do, of a thread's 1020 bytes of registers, and a smaller
+tile would read its operands more often. Every other target holds all in registers."""
 FALLBACK = {"sm_90": "mma.sync", "sm_100": "mma.sync"}
 SHARED_LIMIT = {
     "sm_80": 163 * 1024,
