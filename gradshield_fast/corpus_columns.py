@@ -45,7 +45,7 @@ def iter_columns(path: Path, kind: str, max_row_bytes: int, skip: int) -> Genera
         path: the file.
         kind: "parquet" or "arrow".
         max_row_bytes: a row whose JSON is longer is yielded without its bytes.
-        skip: rows to pass over; whole batches of them are never converted.
+        skip: rows to pass over; whole row groups of them are never read, whole batches never converted.
 
     Yields:
         The rows after the first `skip`.
@@ -54,21 +54,38 @@ def iter_columns(path: Path, kind: str, max_row_bytes: int, skip: int) -> Genera
         How many rows were passed over: `skip`, or fewer where the file ends first.
     """
     passed = 0
-    for batch in _parquet_batches(path) if kind == "parquet" else _arrow_batches(path):
+    if kind == "parquet":
+        passed, batches = _parquet_batches(path, skip)
+    else:
+        batches = _arrow_batches(path)
+    for batch in batches:
         here = min(skip - passed, batch.num_rows)
         passed += here
         yield from _batch_rows(batch.slice(here), path.name, max_row_bytes)
     return passed
 
 
-def _parquet_batches(path: Path) -> Iterator[Any]:
+def _parquet_batches(path: Path, skip: int) -> tuple[int, Iterator[Any]]:
+    """Leave out the row groups that hold none but the first `skip` rows; say how many rows those are."""
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
-        _distinct(path, file.schema_arrow.names)
-        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        widest = max((g.total_byte_size / max(g.num_rows, 1) for g in groups), default=1.0)
-        yield from file.iter_batches(batch_size=_batch_size(widest))
+    file = pq.ParquetFile(path)
+    _distinct(path, file.schema_arrow.names)
+    groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+    widest = max((g.total_byte_size / max(g.num_rows, 1) for g in groups), default=1.0)
+    passed = first = 0
+    while first < len(groups) and passed + groups[first].num_rows <= skip:
+        passed += groups[first].num_rows
+        first += 1
+
+    def batches() -> Iterator[Any]:
+        with file:
+            # without groups to read, pyarrow would read them all
+            if first < len(groups):
+                rest = list(range(first, len(groups)))
+                yield from file.iter_batches(batch_size=_batch_size(widest), row_groups=rest)
+
+    return passed, batches()
 
 
 def _arrow_batches(path: Path) -> Iterator[Any]:

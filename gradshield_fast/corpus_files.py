@@ -87,13 +87,15 @@ def find_files(path: str | Path, format: str | None = None) -> list[CorpusFile]:
     return [file]
 
 
-def iter_raw(files: Sequence[CorpusFile], max_row_bytes: int, skip: int = 0) -> Iterator[RawRow]:
+def iter_raw(files: Sequence[CorpusFile], max_row_bytes: int, skip: int = 0, at: int = 0) -> Iterator[RawRow]:
     """Yield every row of the files, in order, holding at most one row (or one small batch) in memory.
 
     Args:
         files: from `find_files`.
         max_row_bytes: a longer row is yielded without its bytes; its line is read in chunks and hashed.
         skip: rows to pass over, counted over all files.
+        at: where in the first file to begin, in uncompressed bytes: the start of a line; not for Parquet and Arrow,
+            whose files are positioned by `skip`.
 
     Yields:
         The rows after the first `skip`.
@@ -106,7 +108,8 @@ def iter_raw(files: Sequence[CorpusFile], max_row_bytes: int, skip: int = 0) -> 
     for file in files:
         try:
             if file.kind == "jsonl":
-                skip -= yield from _iter_lines(file, max_row_bytes, skip)
+                skip -= yield from _iter_lines(file, max_row_bytes, skip, at)
+                at = 0
             else:
                 skip -= yield from iter_columns(file.path, file.kind, max_row_bytes, skip)
         except (OSError, EOFError, zlib.error) as error:
@@ -195,13 +198,24 @@ def _refuse_array(file: CorpusFile, stream: io.BufferedReader) -> None:
         )
 
 
-def _iter_lines(file: CorpusFile, limit: int, skip: int) -> Generator[RawRow, None, int]:
-    """Yield the lines of one file after the first `skip` rows, and return how many were passed over."""
+def _position(file: CorpusFile, stream: io.BufferedReader, at: int) -> None:
+    """Go to a byte; a compressed stream is read up to it."""
+    if not file.compression:
+        stream.seek(at)
+        return
+    while at and (chunk := stream.read(min(at, READ_CHUNK))):
+        at -= len(chunk)
+
+
+def _iter_lines(file: CorpusFile, limit: int, skip: int, at: int = 0) -> Generator[RawRow, None, int]:
+    """Yield the lines of one file from byte `at` after the first `skip` rows, and return how many were passed over."""
     name = file.path.name
-    offset = passed = 0
+    offset, passed = at, 0
     with _open_lines(file) as stream:
         if name.lower().endswith((".json", ".json.gz", ".json.zst", ".json.zstd")):
             _refuse_array(file, stream)
+        if at:
+            _position(file, stream, at)
         readline = stream.readline
         while line := readline(limit + 1):
             start = offset

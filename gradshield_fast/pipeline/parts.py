@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from gradshield_fast.errors import InputError
-from gradshield_fast.files import write_whole
 from gradshield_fast.pipeline.folder import RunFolder
 from gradshield_fast.pipeline.options import fihs_column
+from gradshield_fast.pipeline.units import Unit
+
+_DIGEST = b"gradshield_fast.rows"
 
 SCORED = ("ok", "truncated")
 """Statuses of the rows that have a score."""
@@ -98,12 +100,15 @@ def part_path(folder: RunFolder, number: int) -> Path:
     return folder.scores / f"part-{number:05d}.parquet"
 
 
-def write_part(path: Path, part: Part) -> None:
-    """Write a part.
+def part_bytes(part: Part, unit: Unit) -> bytes:
+    """Make the file of a part; the same scores make the same bytes.
 
     Args:
-        path: from `part_path`.
         part: the scores.
+        unit: whose they are.
+
+    Returns:
+        A Parquet file, with a checksum for each of its pages.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -122,8 +127,33 @@ def write_part(path: Path, part: Part) -> None:
         "reason": pa.array(part.reason, type=pa.string()),
     }
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer)
-    write_whole(path, buffer.getvalue())
+    table = pa.table(columns).replace_schema_metadata({_DIGEST: unit.digest})
+    pq.write_table(table, buffer, write_page_checksum=True)
+    return buffer.getvalue()
+
+
+def why_unreadable(path: Path, unit: Unit) -> str | None:
+    """Say why a part cannot stand for its unit, reading all of it.
+
+    Args:
+        path: from `part_path`; a file must be there.
+        unit: whose scores it should hold.
+
+    Returns:
+        A few words, or None for a whole part.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        return " ".join(str(error).split())[:200]
+    if (table.schema.metadata or {}).get(_DIGEST, b"").decode("ascii", "replace") != unit.digest:
+        return "it holds the scores of other rows"
+    if not np.array_equal(table["row"].to_numpy(), np.arange(unit.first, unit.first + unit.rows)):
+        return "it holds other rows"
+    return None
 
 
 def read_parts(folder: RunFolder, count: int) -> Part:

@@ -13,8 +13,10 @@ from gradshield_fast.corpus import parse_row
 from gradshield_fast.corpus_files import find_files, iter_raw
 from gradshield_fast.errors import InputError
 from gradshield_fast.pipeline.folder import RunFolder
+from gradshield_fast.pipeline.manifest import read_manifest
 from gradshield_fast.pipeline.options import CorpusOptions, CutOptions
 from gradshield_fast.pipeline.parts import Part, part_path, read_parts
+from gradshield_fast.pipeline.record import recorded_corpus, run_record
 
 
 @dataclass
@@ -24,14 +26,14 @@ class Summary:
     Attributes:
         path: the folder.
         state: "new", "scoring", "scored" or "complete".
-        manifest: the run's record.
+        record: all that its files say, as in run.json.
         cut: the content of threshold.json, or None.
         scores: the scores of the rows that are scored so far, or None.
     """
 
     path: Path
     state: str
-    manifest: dict[str, Any]
+    record: dict[str, Any]
     cut: dict[str, Any] | None
     scores: Part | None
 
@@ -48,12 +50,12 @@ class Summary:
     @property
     def seconds(self) -> float:
         """Time spent on scoring, over all starts."""
-        return sum(session["seconds"] for session in self.manifest["sessions"])
+        return sum(session["seconds"] for session in self.record["sessions"])
 
     @property
     def decider(self) -> int:
         """Which direction's score draws the line."""
-        return CutOptions(**self.manifest["cut"]).direction if "cut" in self.manifest else 0
+        return CutOptions(**self.record["cut"]).direction if "cut" in self.record else 0
 
     def speed(self, what: str) -> float:
         """Say how fast it was.
@@ -64,7 +66,18 @@ class Summary:
         Returns:
             As many a second, over all starts; 0.0 if nothing was timed.
         """
-        return sum(session[what] for session in self.manifest["sessions"]) / self.seconds if self.seconds else 0.0
+        return sum(session[what] for session in self.record["sessions"]) / self.seconds if self.seconds else 0.0
+
+    def corpus(self, moved_to: Path | None = None) -> CorpusOptions:
+        """Say which rows the run is about.
+
+        Args:
+            moved_to: where the corpus is now, if it has moved.
+
+        Returns:
+            The options it was read with.
+        """
+        return recorded_corpus(self.record, moved_to)
 
     def dropped(self) -> np.ndarray:
         """Say which rows lie above the threshold.
@@ -105,14 +118,15 @@ def summarize(out: str | Path) -> Summary:
         InputError: it holds no run, or a file of it is damaged.
     """
     folder = RunFolder(out)
-    manifest = folder.read_manifest()
+    manifest = read_manifest(folder)
     if manifest is None:
-        raise InputError(f"{out} holds no run: it has no run.json")
+        raise InputError(f"{out} holds no run: it has no manifest.json")
+    record = run_record(folder, manifest)
     count = 0
     while part_path(folder, count).exists():
         count += 1
     scores = read_parts(folder, count) if count else None
-    return Summary(folder.path, manifest["state"], manifest, folder.read_threshold(), scores)
+    return Summary(folder.path, record["state"], record, folder.read_threshold(), scores)
 
 
 def excerpts(corpus: CorpusOptions, rows: list[int], chars: int = 64) -> dict[int, str]:
