@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +16,7 @@ from gradshield_fast.pipeline.folder import RunFolder
 from gradshield_fast.pipeline.options import fihs_column
 from gradshield_fast.pipeline.units import Unit
 
-_DIGEST = b"gradshield_fast.rows"
+_ROWS, _SCORES = b"gradshield_fast.rows", b"gradshield_fast.scores"
 
 SCORED = ("ok", "truncated")
 """Statuses of the rows that have a score."""
@@ -127,7 +130,8 @@ def part_bytes(part: Part, unit: Unit) -> bytes:
         "reason": pa.array(part.reason, type=pa.string()),
     }
     buffer = io.BytesIO()
-    table = pa.table(columns).replace_schema_metadata({_DIGEST: unit.digest})
+    table = pa.table(columns)
+    table = table.replace_schema_metadata({_ROWS: unit.digest, _SCORES: _digest(table)})
     pq.write_table(table, buffer, write_page_checksum=True)
     return buffer.getvalue()
 
@@ -147,13 +151,27 @@ def why_unreadable(path: Path, unit: Unit) -> str | None:
 
     try:
         table = pq.read_table(path, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         return " ".join(str(error).split())[:200]
-    if (table.schema.metadata or {}).get(_DIGEST, b"").decode("ascii", "replace") != unit.digest:
+    told = {key: value.decode("ascii", "replace") for key, value in (table.schema.metadata or {}).items()}
+    if told.get(_SCORES) != _digest(table):
+        return "its content is not what was written"
+    rows = np.arange(unit.first, unit.first + unit.rows)
+    if told.get(_ROWS) != unit.digest or not np.array_equal(table["row"].to_numpy(), rows):
         return "it holds the scores of other rows"
-    if not np.array_equal(table["row"].to_numpy(), np.arange(unit.first, unit.first + unit.rows)):
-        return "it holds other rows"
     return None
+
+
+def _digest(table: Any) -> str:
+    """Hash names, types and values: the checksums of Parquet's pages leave out its footer."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        digest.update(f"{name}\0{column.type}\0{column.null_count}\0".encode())
+        if column.type == "string":
+            digest.update(json.dumps(column.to_pylist()).encode("ascii"))
+        else:
+            digest.update(np.ascontiguousarray(column.to_numpy()).tobytes())
+    return digest.hexdigest()
 
 
 def read_parts(folder: RunFolder, count: int) -> Part:

@@ -61,7 +61,7 @@ class Session:
             about: JSON values that tell it from others, such as its shard.
         """
         now, host = datetime.datetime.now(datetime.timezone.utc), socket.gethostname()
-        name = f"{now:%Y%m%dT%H%M%S}-{host}-{os.getpid()}-{secrets.token_hex(2)}.jsonl"
+        name = f"{now:%Y%m%dT%H%M%S.%f}-{host}-{os.getpid()}-{secrets.token_hex(2)}.jsonl"
         self.path = folder.sessions / name
         self._begun = time.perf_counter()
         self.outcome: dict[str, Any] = {}
