@@ -58,8 +58,7 @@ def test_a_worker_process_that_dies_is_one_line(asked: RunOptions) -> None:
         for pid in list(encoding._pool._processes):
             os.kill(pid, signal.SIGKILL)
         with pytest.raises(ScoringError, match="ahead died"):
-            for unit in units[1:]:
-                encoding.take(unit)
+            [encoding.take(unit) for unit in units[1:]]
 
 
 def test_a_corpus_that_changes_under_the_run_is_noticed_in_a_worker_process(asked: RunOptions) -> None:
@@ -139,7 +138,7 @@ def test_locks_let_shards_of_one_number_in_and_nobody_else(asked: RunOptions) ->
         with pytest.raises(InputError, match="shards of one run have one number"):
             run(shard(asked, 1, 3, asked.out))
         for alone in (lambda: run(asked), lambda: recut(asked.out, CutOptions())):
-            with pytest.raises(InputError, match="in use|holds no run"):
+            with pytest.raises(InputError, match=r"in use|holds no run"):
                 alone()
         assert run(shard(asked, 2, 2, asked.out))
         with pytest.raises(InputError, match="in use"):
@@ -204,7 +203,7 @@ def test_a_folder_that_may_not_be_written_is_one_line(asked: RunOptions, monkeyp
     for name in ("mkdir", "open"):
         with monkeypatch.context() as patch:
             patch.setattr(*((Path, name) if name == "mkdir" else (os, name)), refuse)
-            with pytest.raises(InputError, match="cannot write .*: Permission denied; choose an output folder"):
+            with pytest.raises(InputError, match=r"cannot write .*: Permission denied; choose an output folder"):
                 run(asked)
     assert run(asked)
 

@@ -127,15 +127,14 @@ def test_other_rows_than_were_counted_are_noticed(tmp_path: Path, change: Callab
     path.write_bytes(b"\n" + change(path.read_bytes()))
     reader = UnitReader(CorpusOptions(path))
     with pytest.raises(InputError, match="has changed since the run began"):
-        for unit in units:
-            list(reader.rows(unit))
+        [list(reader.rows(unit)) for unit in units]
 
 
 def test_shards_share_the_bytes() -> None:
     units = [Unit(n, 0, n, 1, 0, 100 * (1 + n % 9), "") for n in range(200)]
     for count in (1, 2, 7, 300):
         shards = [shard_units(units, index, count) for index in range(1, count + 1)]
-        assert sorted((unit.number for shard in shards for unit in shard)) == list(range(200))
+        assert sorted(unit.number for shard in shards for unit in shard) == list(range(200))
         loads = [sum(unit.bytes for unit in shard) for shard in shards]
         assert max(loads) - min(loads) <= 901
 
