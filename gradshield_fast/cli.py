@@ -365,12 +365,10 @@ def _show(out: Path, top: int = 0, corpus: Path | None = None) -> int:
     from gradshield_fast.pipeline.summary import excerpts, summarize
     from gradshield_fast.tables import print_summary, print_top
 
-    console, summary = Console(), summarize(out)
+    console, summary = Console(), summarize(out, top)
     print_summary(summary, console)
-    rows = summary.top(top)
-    if rows and summary.scores is not None:
-        texts = excerpts(corpus_of(summary.manifest, corpus), [int(summary.scores.row[i]) for i in rows])
-        print_top(summary, texts, rows, console)
+    if summary.top:
+        print_top(summary, excerpts(corpus_of(summary.manifest, corpus), [row.row for row in summary.top]), console)
     return SOME_UNSCORED if summary.unscored else DONE
 
 

@@ -28,7 +28,7 @@ from gradshield_fast.pipeline.engine import Engine, corpus_rows
 from gradshield_fast.pipeline.folder import MANIFEST_FORMAT, RunFolder
 from gradshield_fast.pipeline.identity import differences, identity
 from gradshield_fast.pipeline.options import CorpusOptions, CutOptions, ModelOptions, RunOptions
-from gradshield_fast.pipeline.parts import part_path, read_parts, write_part
+from gradshield_fast.pipeline.parts import part_path, write_part
 from gradshield_fast.pipeline.progress import Reporter
 
 if TYPE_CHECKING:
@@ -226,13 +226,22 @@ def _cut(
     folder: RunFolder, manifest: dict[str, Any], corpus: CorpusOptions, options: CutOptions, reporter: Reporter
 ) -> None:
     reporter.stage("choosing the threshold")
-    scores = read_parts(folder, _count(manifest))
-    cut = find_cut(scores, options)
+    parts = [part_path(folder, number) for number in range(_count(manifest))]
+    cut = find_cut(parts, options)
     manifest.update(state="scored", cut=asdict(options))
     folder.write_json(folder.manifest, manifest)
     folder.write_json(folder.threshold, cut)
     fingerprint = manifest["identity"]["corpus"]
-    counts = split(folder, corpus, fingerprint, scores, cut, direction=options.direction, reporter=reporter)
+    counts = split(
+        folder,
+        corpus,
+        fingerprint,
+        parts,
+        cut,
+        rows=manifest["rows"],
+        direction=options.direction,
+        reporter=reporter,
+    )
     manifest.update(state="complete", counts=counts)
     folder.write_json(folder.manifest, manifest)
 
