@@ -32,6 +32,7 @@ class Part:
         response_tokens: int32 [rows].
         status: "ok", "truncated", or why the row has no score.
         reason: a sentence for a person where the status is not "ok".
+        same_as: int64 [rows], the earlier row that says the same and was scored in its place; -1 where there is none.
     """
 
     row: np.ndarray
@@ -43,6 +44,7 @@ class Part:
     response_tokens: np.ndarray
     status: list[str]
     reason: list[str]
+    same_as: np.ndarray
 
     @classmethod
     def blank(cls, first: int, rows: int, directions: int) -> Part:
@@ -66,6 +68,7 @@ class Part:
             response_tokens=np.zeros(rows, dtype=np.int32),
             status=["not_scored"] * rows,
             reason=[""] * rows,
+            same_as=np.full(rows, -1, dtype=np.int64),
         )
 
     @property
@@ -121,6 +124,7 @@ def write_part(path: Path, part: Part) -> None:
         "response_tokens": pa.array(part.response_tokens),
         "status": pa.array(part.status, type=pa.string()),
         "reason": pa.array(part.reason, type=pa.string()),
+        "same_as": pa.array(part.same_as, mask=part.same_as < 0),
     }
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns), buffer)
@@ -151,6 +155,7 @@ def read_part(path: Path) -> Part:
         response_tokens=table["response_tokens"].to_numpy(),
         status=table["status"].to_pylist(),
         reason=table["reason"].to_pylist(),
+        same_as=table["same_as"].fill_null(-1).to_numpy(),
     )
 
 

@@ -12,7 +12,7 @@ from gradshield_fast.pipeline.folder import RunFolder
 from gradshield_fast.pipeline.parts import Part, part_path, read_part
 from gradshield_fast.pipeline.progress import Reporter
 
-COLUMNS = ["row", "id", "fihs", "grad_norm", "loss", "tokens", "response_tokens", "status", "reason"]
+COLUMNS = ["row", "id", "fihs", "grad_norm", "loss", "tokens", "response_tokens", "status", "reason", "same_as"]
 
 
 def files(folder: Path) -> dict[str, bytes]:
