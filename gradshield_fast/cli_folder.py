@@ -88,15 +88,15 @@ def show_run(out: Path, top: int = 0, corpus: Path | None = None) -> int:
     Returns:
         The exit code that says whether all rows have scores.
     """
+    from gradshield_fast.pipeline.record import recorded_corpus
     from gradshield_fast.pipeline.summary import excerpts, summarize
     from gradshield_fast.tables import print_summary, print_top
 
-    console, summary = Console(), summarize(out)
+    console, summary = Console(), summarize(out, top)
     print_summary(summary, console)
-    rows = summary.top(top)
-    if rows and summary.scores is not None:
-        texts = excerpts(summary.corpus(corpus), [int(summary.scores.row[i]) for i in rows])
-        print_top(summary, texts, rows, console)
+    if summary.top:
+        where = recorded_corpus(summary.record, corpus)
+        print_top(summary, excerpts(where, [row.row for row in summary.top]), console)
     return SOME_UNSCORED if summary.unscored else DONE
 
 

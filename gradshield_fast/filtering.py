@@ -29,6 +29,7 @@ OUTPUTS = {"dropped": "dropped.jsonl", "unscored": "unscored.jsonl", "kept": "ke
 
 _QUOTED_BYTES = 2**20
 _BUFFER = 1 << 20
+_PROGRESS_ROWS = 256
 
 
 def split_corpus(
@@ -60,7 +61,7 @@ def split_corpus(
         max_row_bytes: the same; a longer row has no score, so it must be decided as "unscored".
         rows: how many rows were scored; another number is an error.
         fingerprint: from `corpus_fingerprint` when the rows were scored; another content is an error.
-        progress: called after each row with the number of rows so far.
+        progress: called now and then with the number of rows since the last call.
 
     Returns:
         {"rows", "kept", "dropped", "unscored": counts, "statuses": {status of the unscored rows: count}}.
@@ -89,8 +90,10 @@ def split_corpus(
                 assert raw.raw is not None
                 outputs[kind].write(raw.raw)
             counts[kind] += 1
-            if progress is not None:
-                progress(index + 1)
+            if progress is not None and (index + 1) % _PROGRESS_ROWS == 0:
+                progress(_PROGRESS_ROWS)
+        if progress is not None and (index + 1) % _PROGRESS_ROWS:
+            progress((index + 1) % _PROGRESS_ROWS)
         if index < 0:
             raise InputError(f"corpus {corpus_path} is empty: expected at least one row")
         if rows is not None and index + 1 < rows:

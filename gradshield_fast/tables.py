@@ -40,16 +40,15 @@ def print_summary(summary: Summary, console: Console) -> None:
         console: where to.
     """
     rows: list[tuple[str, Any]] = [("state", summary.state)] if summary.state != "complete" else []
-    total, scores = summary.record["rows"], summary.scores
+    total = summary.record["rows"]
     rows.append(("rows", f"{total:,}" if total is not None else "not counted yet"))
-    if scores is not None:
-        rows.append(("scored", f"{int(scores.scored.sum()):,}"))
+    if summary.rows:
+        rows.append(("scored", f"{summary.scored:,}"))
         cut = [name for name in ("truncated",) if summary.statuses.get(name)]
         rows += [(f"  {name}", f"{summary.statuses[name]:,}") for name in cut]
         if summary.cut is not None:
-            dropped = int(summary.dropped().sum())
-            rows.append(("kept", f"{int(scores.scored.sum()) - dropped:,}"))
-            rows.append(("dropped", f"{dropped:,} ({dropped / len(scores.row):.1%})"))
+            rows.append(("kept", f"{summary.scored - summary.dropped:,}"))
+            rows.append(("dropped", f"{summary.dropped:,} ({summary.dropped / summary.rows:.1%})"))
         rows.append(("unscored", f"{summary.unscored:,}"))
         scored = {"ok", "truncated"}
         rows += [(f"  {name}", f"{n:,}") for name, n in summary.statuses.items() if name not in scored]
@@ -136,30 +135,25 @@ def _speed_rows(summary: Summary) -> list[tuple[str, Any]]:
     return rows
 
 
-def print_top(summary: Summary, texts: Mapping[int, str], rows: Sequence[int], console: Console) -> None:
+def print_top(summary: Summary, texts: Mapping[int, str], console: Console) -> None:
     """Print the rows with the highest scores.
 
     Args:
-        summary: the run.
+        summary: the run, with its `top`.
         texts: position in the corpus -> excerpt.
-        rows: positions in the scores, from `Summary.top`.
         console: where to.
     """
-    if summary.scores is None or not rows:
-        return
-    dropped = summary.dropped()
     table = Table(title="highest scores", title_justify="left")
     for name in ("row", "id", "score", "loss", "", "excerpt"):
         table.add_column(name, justify="right" if name in ("row", "score", "loss") else "left", overflow="fold")
-    for i in rows:
-        row = int(summary.scores.row[i])
+    for row in summary.top:
         table.add_row(
-            cell(row),
-            cell(summary.scores.id[i]),
-            cell(f"{summary.scores.fihs[i, summary.decider]:.4g}"),
-            cell(f"{summary.scores.loss[i]:.3g}"),
-            cell("dropped" if dropped[i] else "kept" if summary.cut else ""),
-            cell(texts.get(row, "")),
+            cell(row.row),
+            cell(row.id),
+            cell(f"{row.score:.4g}"),
+            cell(f"{row.loss:.3g}"),
+            cell("dropped" if row.dropped else "kept" if summary.cut else ""),
+            cell(texts.get(row.row, "")),
         )
     console.print(table)
 

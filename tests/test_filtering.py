@@ -55,7 +55,7 @@ def test_rows_go_where_they_were_decided(corpus: Path, tmp_path: Path) -> None:
         corpus, every_third, out, rows=9, fingerprint=corpus_fingerprint(corpus), progress=seen.append
     )
     assert counts == {"rows": 9, "kept": 3, "dropped": 3, "unscored": 3, "statuses": {"nan_loss": 3}}
-    assert seen == list(range(1, 10))
+    assert sum(seen) == 9
     files = contents(out)
     assert list(files) == NAMES
     assert files["kept.jsonl"] == b"".join(GOOD % n + b"\n" for n in (0, 3, 6))

@@ -36,6 +36,7 @@ class Part:
         response_tokens: int32 [rows].
         status: "ok", "truncated", or why the row has no score.
         reason: a sentence for a person where the status is not "ok".
+        same_as: int64 [rows], the earlier row that says the same and was scored in its place; -1 where there is none.
     """
 
     row: np.ndarray
@@ -47,6 +48,7 @@ class Part:
     response_tokens: np.ndarray
     status: list[str]
     reason: list[str]
+    same_as: np.ndarray
 
     @classmethod
     def blank(cls, first: int, rows: int, directions: int) -> Part:
@@ -70,6 +72,7 @@ class Part:
             response_tokens=np.zeros(rows, dtype=np.int32),
             status=["not_scored"] * rows,
             reason=[""] * rows,
+            same_as=np.full(rows, -1, dtype=np.int64),
         )
 
     @property
@@ -128,6 +131,7 @@ def part_bytes(part: Part, unit: Unit) -> bytes:
         "response_tokens": pa.array(part.response_tokens),
         "status": pa.array(part.status, type=pa.string()),
         "reason": pa.array(part.reason, type=pa.string()),
+        "same_as": pa.array(part.same_as, mask=part.same_as < 0),
     }
     buffer = io.BytesIO()
     table = pa.table(columns)
@@ -174,45 +178,67 @@ def _digest(table: Any) -> str:
     return digest.hexdigest()
 
 
-def read_parts(folder: RunFolder, count: int) -> Part:
-    """Read every part of a run, in order.
+def read_part(path: Path) -> Part:
+    """Read a part.
 
     Args:
-        folder: the run's folder.
-        count: how many parts it has.
+        path: from `part_path`.
 
     Returns:
-        The scores of all rows.
+        The scores of its rows.
 
     Raises:
-        InputError: a part is missing or damaged; running the same command again makes it anew.
+        InputError: it is missing or damaged; running the same command again makes it anew.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    tables = []
-    for number in range(count):
-        path = part_path(folder, number)
-        try:
-            tables.append(pq.read_table(path))
-        except FileNotFoundError as error:
-            raise InputError(f"{path} is missing; run the same command again, and it is scored anew") from error
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{path} is damaged ({error}); delete it and run the same command again") from error
-    table = pa.concat_tables(tables)
-
-    def numbers(name: str) -> np.ndarray:
-        return table[name].to_numpy(zero_copy_only=False).astype(np.float32)
-
+    table = _table(path)
     scores = [name for name in table.column_names if name == "fihs" or name.startswith("fihs_")]
     return Part(
         row=table["row"].to_numpy(),
         id=table["id"].to_pylist(),
-        fihs=np.stack([numbers(name) for name in scores], axis=1),
-        grad_norm=numbers("grad_norm"),
-        loss=numbers("loss"),
+        fihs=np.stack([_numbers(table, name) for name in scores], axis=1),
+        grad_norm=_numbers(table, "grad_norm"),
+        loss=_numbers(table, "loss"),
         tokens=table["tokens"].to_numpy(),
         response_tokens=table["response_tokens"].to_numpy(),
         status=table["status"].to_pylist(),
         reason=table["reason"].to_pylist(),
+        same_as=table["same_as"].fill_null(-1).to_numpy(),
     )
+
+
+def read_scores(path: Path, column: str) -> np.ndarray:
+    """Read one score of the rows of a part that have it.
+
+    Args:
+        path: from `part_path`.
+        column: from `fihs_column`.
+
+    Returns:
+        float32 [scored rows].
+
+    Raises:
+        InputError: the part is missing or damaged, or has no such column.
+    """
+    values = _numbers(_table(path, [column]), column)
+    return values[~np.isnan(values)]
+
+
+def _table(path: Path, columns: list[str] | None = None) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        # one file, not a data set of its folder: no scan is set up, and nothing is read ahead
+        with pq.ParquetFile(path) as file:
+            table = file.read(columns)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing; run the same command again, and it is scored anew") from error
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path} is damaged ({error}); delete it and run the same command again") from error
+    if columns and table.column_names != columns:
+        raise InputError(f"{path} has no column {columns[0]}; name a direction that was scored")
+    return table
+
+
+def _numbers(table: Any, name: str) -> np.ndarray:
+    return table[name].to_numpy(zero_copy_only=False).astype(np.float32)

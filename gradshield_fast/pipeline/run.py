@@ -18,7 +18,7 @@ from gradshield_fast.pipeline.folder import RunFolder
 from gradshield_fast.pipeline.identity import differences
 from gradshield_fast.pipeline.manifest import Manifest, open_manifest, read_manifest, request, wanted_identity
 from gradshield_fast.pipeline.options import CorpusOptions, CutOptions, RunOptions
-from gradshield_fast.pipeline.parts import part_path, read_parts, why_unreadable
+from gradshield_fast.pipeline.parts import part_path, why_unreadable
 from gradshield_fast.pipeline.progress import Reporter
 from gradshield_fast.pipeline.record import keep_record, recorded_corpus, run_record
 from gradshield_fast.pipeline.sessions import recorded
@@ -148,10 +148,18 @@ def _score(
 
 def _cut(folder: RunFolder, manifest: Manifest, corpus: CorpusOptions, options: CutOptions, reporter: Reporter) -> None:
     reporter.stage("choosing the threshold")
-    scores = read_parts(folder, len(manifest.units))
-    cut = find_cut(scores, options)
+    parts = [part_path(folder, unit.number) for unit in manifest.units]
+    cut = find_cut(parts, options)
     keep_record(folder, manifest, {"state": "scored", "cut": asdict(options)})
     folder.write(folder.threshold, cut)
-    fingerprint = manifest.identity["corpus"]
-    counts = split(folder, corpus, fingerprint, scores, cut, direction=options.direction, reporter=reporter)
+    counts = split(
+        folder,
+        corpus,
+        manifest.identity["corpus"],
+        parts,
+        cut,
+        rows=manifest.rows,
+        direction=options.direction,
+        reporter=reporter,
+    )
     keep_record(folder, manifest, {"state": "complete", "counts": counts})

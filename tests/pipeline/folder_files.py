@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
+
+from gradshield_fast.pipeline.folder import RunFolder
+from gradshield_fast.pipeline.parts import Part, part_path, read_part
 from gradshield_fast.pipeline.progress import Reporter
 
-COLUMNS = ["row", "id", "fihs", "grad_norm", "loss", "tokens", "response_tokens", "status", "reason"]
+COLUMNS = ["row", "id", "fihs", "grad_norm", "loss", "tokens", "response_tokens", "status", "reason", "same_as"]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -32,3 +38,14 @@ class StopAt(Reporter):
             self.left -= count
             if self.left <= 0:
                 raise KeyboardInterrupt
+
+
+def read_parts(folder: RunFolder, count: int) -> Part:
+    """The scores of all rows, which the package itself never holds at once."""
+    parts = [read_part(part_path(folder, number)) for number in range(count)]
+    joined = {}
+    for field in fields(Part):
+        values = [getattr(part, field.name) for part in parts]
+        listed = isinstance(values[0], list)
+        joined[field.name] = list(chain.from_iterable(values)) if listed else np.concatenate(values)
+    return Part(**joined)

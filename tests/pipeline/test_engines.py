@@ -26,7 +26,7 @@ from gradshield_fast.pipeline.options import CutOptions, EngineOptions, RunOptio
 from gradshield_fast.pipeline.progress import Reporter
 from gradshield_fast.pipeline.run import recut, run
 from gradshield_fast.pipeline.units import cut_units
-from tests.pipeline.folder_files import StopAt, files
+from tests.pipeline.folder_files import StopAt, files, read_parts
 
 
 class Notes(Reporter):
@@ -171,7 +171,7 @@ def test_a_damaged_part_is_scored_anew(asked: RunOptions, damage: Callable[[byte
 
 
 def test_every_flipped_byte_is_noticed_or_harmless(asked: RunOptions) -> None:
-    from gradshield_fast.pipeline.parts import part_path, read_parts, why_unreadable
+    from gradshield_fast.pipeline.parts import part_path, why_unreadable
 
     run(replace(asked, cut=None))
     folder = RunFolder(asked.out)

@@ -26,10 +26,9 @@ from gradshield_fast.pipeline.options import (
     RunOptions,
     ScoringOptions,
 )
-from gradshield_fast.pipeline.parts import read_parts
 from gradshield_fast.pipeline.run import recut, run
 from gradshield_fast.pipeline.summary import summarize
-from tests.pipeline.folder_files import COLUMNS, StopAt, files
+from tests.pipeline.folder_files import COLUMNS, StopAt, files, read_parts
 
 
 def test_scores_are_the_scorers_own(asked: RunOptions) -> None:

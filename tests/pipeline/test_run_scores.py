@@ -17,7 +17,7 @@ from tiny import BAD_LINES, lines, row
 from gradshield_fast import Direction, Scorer, safety
 from gradshield_fast.errors import InputError, ScoringError, UnalignedModelError
 from gradshield_fast.loading import load_model
-from gradshield_fast.pipeline import engine, options
+from gradshield_fast.pipeline import cutting, engine, options
 from gradshield_fast.pipeline.folder import RunFolder
 from gradshield_fast.pipeline.options import (
     CutOptions,
@@ -25,10 +25,9 @@ from gradshield_fast.pipeline.options import (
     RunOptions,
     ScoringOptions,
 )
-from gradshield_fast.pipeline.parts import read_parts
 from gradshield_fast.pipeline.run import recut, run
 from gradshield_fast.pipeline.summary import excerpts, summarize
-from tests.pipeline.folder_files import StopAt
+from tests.pipeline.folder_files import StopAt, read_parts
 
 
 def test_cosine_divides_by_both_norms(asked: RunOptions, tmp_path: Path) -> None:
@@ -156,7 +155,18 @@ def test_a_corpus_without_one_good_row_keeps_none(asked: RunOptions) -> None:
     assert (asked.out / "kept.jsonl").read_bytes() == (asked.out / "dropped.jsonl").read_bytes() == b""
     assert len((asked.out / "unscored.jsonl").read_bytes().splitlines()) == 3
     assert json.loads((asked.out / "threshold.json").read_text())["value"] is None
-    assert summarize(asked.out).top(3) == []
+    assert summarize(asked.out, top=3).top == []
+
+
+def test_more_scores_than_are_held_are_cut_by_a_histogram(asked: RunOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(asked)
+    exact = json.loads((asked.out / "threshold.json").read_text())
+    scores = read_parts(RunFolder(asked.out), 7).fihs
+    monkeypatch.setattr(cutting, "EXACT_SCORES", 20)
+    recut(asked.out, CutOptions())
+    cut = json.loads((asked.out / "threshold.json").read_text())
+    assert (cut["kind"], cut["n"]) == (exact["kind"], exact["n"])
+    assert abs(cut["value"] - exact["value"]) <= 1e-3 * np.ptp(scores)
 
 
 def test_rows_are_cut_to_the_context_and_not_beyond(asked: RunOptions) -> None:
