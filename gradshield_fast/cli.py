@@ -360,7 +360,7 @@ def _run(options: RunOptions, top: int = 0) -> int:
     return _show(options.out, top=top)
 
 
-def _show(out: Path, top: int = 0, corpus: Path | None = None) -> int:
+def _show(out: Path, top: int = 0, corpus: str | None = None) -> int:
     from gradshield_fast.pipeline.run import corpus_of
     from gradshield_fast.pipeline.summary import excerpts, summarize
     from gradshield_fast.tables import print_summary, print_top

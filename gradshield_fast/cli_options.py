@@ -17,10 +17,15 @@ def _option(*names: str, help: str, panel: str) -> typer.models.OptionInfo:
     return typer.Option(*names, help=help, rich_help_panel=panel)
 
 
-Corpus = Annotated[Path, typer.Argument(help="JSONL (.gz, .zst), Parquet, a folder of those, or a `datasets` folder.")]
+Corpus = Annotated[
+    str,
+    typer.Argument(
+        help="JSONL (.gz, .zst), Parquet, a folder or a quoted pattern of those, or a `datasets` folder; also s3://, gs://."
+    ),
+]
 Run = Annotated[Path, typer.Argument(help="A run's folder.")]
 MovedCorpus = Annotated[
-    Path | None, typer.Option("--corpus", help="Where the corpus is now, if it has moved; its name must be the same.")
+    str | None, typer.Option("--corpus", help="Where the corpus is now, if it has moved; its name must be the same.")
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder of the run; the same command goes on with it.")]
 

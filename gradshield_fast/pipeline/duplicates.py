@@ -119,7 +119,7 @@ class Finder:
             if not self._files:
                 shutil.rmtree(self._spill, ignore_errors=True)
                 self._spill.mkdir(parents=True)
-                self._files = [open(self._spill / str(n), "w+b") for n in range(_BUCKETS)]
+                self._files = [(self._spill / str(n)).open("w+b") for n in range(_BUCKETS)]
             bucket = (entries["high"] % _BUCKETS).astype(np.int64)
             order = np.argsort(bucket, kind="stable")
             borders = np.searchsorted(bucket[order], np.arange(_BUCKETS + 1))

@@ -28,7 +28,7 @@ class CorpusOptions:
         max_row_bytes: as for `read_corpus`.
     """
 
-    path: Path
+    path: str | Path
     format: str | None = None
     columns: Mapping[str, str] | None = None
     max_row_bytes: int = MAX_ROW_BYTES

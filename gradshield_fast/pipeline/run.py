@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradshield_fast import storage
 from gradshield_fast.chat import ChatEncoder
 from gradshield_fast.corpus_files import find_files, iter_raw
 from gradshield_fast.errors import GradShieldError, InputError
@@ -78,7 +79,7 @@ def run(options: RunOptions, reporter: Reporter | None = None) -> bool:
     return True
 
 
-def recut(out: Path, cut: CutOptions, corpus: Path | None = None, reporter: Reporter | None = None) -> None:
+def recut(out: Path, cut: CutOptions, corpus: str | Path | None = None, reporter: Reporter | None = None) -> None:
     """Choose the threshold of a scored run, anew if need be, and split its corpus.
 
     Args:
@@ -101,7 +102,7 @@ def recut(out: Path, cut: CutOptions, corpus: Path | None = None, reporter: Repo
         _cut(folder, manifest, corpus_of(manifest, corpus), cut, reporter or Reporter())
 
 
-def corpus_of(manifest: dict[str, Any], moved_to: Path | None = None) -> CorpusOptions:
+def corpus_of(manifest: dict[str, Any], moved_to: str | Path | None = None) -> CorpusOptions:
     """Say which rows a run is about.
 
     Args:
@@ -112,7 +113,7 @@ def corpus_of(manifest: dict[str, Any], moved_to: Path | None = None) -> CorpusO
         The options it was read with.
     """
     read = manifest["identity"]["corpus"]
-    path = moved_to or Path(manifest["request"]["corpus"]["path"])
+    path = moved_to or manifest["request"]["corpus"]["path"]
     return CorpusOptions(path, read["format"], read["columns"], read["max_row_bytes"])
 
 
@@ -349,7 +350,7 @@ def _request(options: RunOptions) -> dict[str, Any]:
     """Say what was asked for in words that a person can type again."""
     model: ModelOptions = options.model
     return {
-        "corpus": {"path": str(options.corpus.path.absolute())},
+        "corpus": {"path": storage.absolute(options.corpus.path)},
         "model": model.name,
         "adapter": model.adapter,
         "probes": str(options.direction.probes) if options.direction.probes else None,
