@@ -7,14 +7,13 @@ import gzip
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from gradshield_fast.corpus_columns import RawRow, open_columns
 from gradshield_fast.corpus_files import CorpusFile, dataset_files, is_one_file
 from gradshield_fast.errors import InputError
-from gradshield_fast.files import cannot_write, sync_folder, write_whole
+from gradshield_fast.files import cannot_write, remove, sync_folder, write_whole
 
 _BUFFER = 1 << 20
 _GROUP_ROWS = 1 << 16
@@ -306,18 +305,6 @@ class _Batches:
 
         self._writer.write_table(pa.Table.from_batches(self._group, self._source.schema))
         self._group = []
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there.
-
-    Args:
-        path: which.
-    """
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _to_disk(stream: IO[bytes]) -> None:

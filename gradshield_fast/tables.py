@@ -40,7 +40,7 @@ def print_summary(summary: Summary, console: Console) -> None:
         console: where to.
     """
     rows: list[tuple[str, Any]] = [("state", summary.state)] if summary.state != "complete" else []
-    total = summary.manifest["rows"]
+    total = summary.record["rows"]
     rows.append(("rows", f"{total:,}" if total is not None else "not counted yet"))
     if summary.rows:
         rows.append(("scored", f"{summary.scored:,}"))
@@ -52,7 +52,7 @@ def print_summary(summary: Summary, console: Console) -> None:
         rows.append(("unscored", f"{summary.unscored:,}"))
         scored = {"ok", "truncated"}
         rows += [(f"  {name}", f"{n:,}") for name, n in summary.statuses.items() if name not in scored]
-    rows += _cut_rows(summary.cut) + _direction_rows(summary.manifest) + _speed_rows(summary)
+    rows += _cut_rows(summary.cut) + _direction_rows(summary.record) + _speed_rows(summary)
     console.print(facts(rows, title=f"run {summary.path}"))
     for warning in (summary.cut or {}).get("warnings", []):
         console.print(cell(f"warning: {warning}"))
@@ -73,8 +73,8 @@ def _cut_rows(cut: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
     return rows
 
 
-def _direction_rows(manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    direction = manifest.get("direction")
+def _direction_rows(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    direction = record.get("direction")
     if direction is None:
         return []
     rows = [("direction", direction["summary"])]
@@ -122,14 +122,14 @@ def _speed_rows(summary: Summary) -> list[tuple[str, Any]]:
     if not summary.seconds:
         return []
     speed = f"{summary.speed('rows'):.3g} rows/s, {summary.speed('tokens'):,.0f} tokens/s"
-    starts = len(summary.manifest["sessions"])
+    starts = len(summary.record["sessions"])
     rows: list[tuple[str, Any]] = [
         ("scoring", f"{clock(summary.seconds)}, {speed}" + (f", in {starts} starts" if starts > 1 else ""))
     ]
-    halved = sum(session["halved_batches"] for session in summary.manifest["sessions"])
+    halved = sum(session["halved_batches"] for session in summary.record["sessions"])
     if halved:
         rows.append(("halved batches", f"{halved:,} did not fit into memory; a lower --batch-tokens is faster"))
-    backends = summary.manifest.get("scorer", {}).get("backends", {})
+    backends = summary.record.get("scorer", {}).get("backends", {})
     if backends:
         rows.append(("op backends", ", ".join(f"{name} x{n}" for name, n in Counter(backends.values()).items())))
     return rows

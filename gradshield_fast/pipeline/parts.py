@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from gradshield_fast.errors import InputError
-from gradshield_fast.files import write_whole
 from gradshield_fast.pipeline.folder import RunFolder
 from gradshield_fast.pipeline.options import fihs_column
+from gradshield_fast.pipeline.units import Unit
+
+_ROWS, _SCORES = b"gradshield_fast.rows", b"gradshield_fast.scores"
 
 SCORED = ("ok", "truncated")
 """Statuses of the rows that have a score."""
@@ -88,6 +92,18 @@ class Part:
         self.status[i], self.reason[i] = status, reason
         self.fihs[i], self.grad_norm[i] = np.nan, np.nan
 
+    def follow(self, i: int, leader: int) -> None:
+        """Give a row the score of another one with the same tokens.
+
+        Args:
+            i: the row, counted in the part.
+            leader: the other one.
+        """
+        self.fihs[i], self.grad_norm[i], self.loss[i] = self.fihs[leader], self.grad_norm[leader], self.loss[leader]
+        self.same_as[i] = self.row[leader]
+        if self.status[leader] not in SCORED:
+            self.status[i], self.reason[i] = self.status[leader], self.reason[leader]
+
 
 def part_path(folder: RunFolder, number: int) -> Path:
     """Name the file of a part.
@@ -102,12 +118,15 @@ def part_path(folder: RunFolder, number: int) -> Path:
     return folder.scores / f"part-{number:05d}.parquet"
 
 
-def write_part(path: Path, part: Part) -> None:
-    """Write a part.
+def part_bytes(part: Part, unit: Unit) -> bytes:
+    """Make the file of a part; the same scores make the same bytes.
 
     Args:
-        path: from `part_path`.
         part: the scores.
+        unit: whose they are.
+
+    Returns:
+        A Parquet file, with a checksum for each of its pages.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -127,8 +146,48 @@ def write_part(path: Path, part: Part) -> None:
         "same_as": pa.array(part.same_as, mask=part.same_as < 0),
     }
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer)
-    write_whole(path, buffer.getvalue())
+    table = pa.table(columns)
+    table = table.replace_schema_metadata({_ROWS: unit.digest, _SCORES: _digest(table)})
+    pq.write_table(table, buffer, write_page_checksum=True)
+    return buffer.getvalue()
+
+
+def why_unreadable(path: Path, unit: Unit) -> str | None:
+    """Say why a part cannot stand for its unit, reading all of it.
+
+    Args:
+        path: from `part_path`; a file must be there.
+        unit: whose scores it should hold.
+
+    Returns:
+        A few words, or None for a whole part.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        return " ".join(str(error).split())[:200]
+    told = {key: value.decode("ascii", "replace") for key, value in (table.schema.metadata or {}).items()}
+    if told.get(_SCORES) != _digest(table):
+        return "its content is not what was written"
+    rows = np.arange(unit.first, unit.first + unit.rows)
+    if told.get(_ROWS) != unit.digest or not np.array_equal(table["row"].to_numpy(), rows):
+        return "it holds the scores of other rows"
+    return None
+
+
+def _digest(table: Any) -> str:
+    """Hash names, types and values: the checksums of Parquet's pages leave out its footer."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        digest.update(f"{name}\0{column.type}\0{column.null_count}\0".encode())
+        if column.type == "string":
+            digest.update(json.dumps(column.to_pylist()).encode("ascii"))
+        else:
+            digest.update(np.ascontiguousarray(column.to_numpy()).tobytes())
+    return digest.hexdigest()
 
 
 def read_part(path: Path) -> Part:

@@ -15,8 +15,10 @@ from gradshield_fast.corpus_files import find_files, iter_raw
 from gradshield_fast.errors import InputError
 from gradshield_fast.pipeline.cutting import is_dropped
 from gradshield_fast.pipeline.folder import RunFolder
+from gradshield_fast.pipeline.manifest import read_manifest
 from gradshield_fast.pipeline.options import CorpusOptions, CutOptions
 from gradshield_fast.pipeline.parts import Part, part_path, read_part
+from gradshield_fast.pipeline.record import run_record
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Summary:
     Attributes:
         path: the folder.
         state: "new", "scoring", "scored" or "complete".
-        manifest: the run's record.
+        record: all that its files say, as in run.json.
         cut: the content of threshold.json, or None.
         parts: the files of the scores so far, in the rows' order.
         rows: rows that were looked at.
@@ -57,7 +59,7 @@ class Summary:
 
     path: Path
     state: str
-    manifest: dict[str, Any]
+    record: dict[str, Any]
     cut: dict[str, Any] | None
     parts: list[Path]
     rows: int = 0
@@ -74,12 +76,12 @@ class Summary:
     @property
     def seconds(self) -> float:
         """Time spent on scoring, over all starts."""
-        return sum(session["seconds"] for session in self.manifest["sessions"])
+        return sum(session["seconds"] for session in self.record["sessions"])
 
     @property
     def decider(self) -> int:
         """Which direction's score draws the line."""
-        return CutOptions(**self.manifest["cut"]).direction if "cut" in self.manifest else 0
+        return CutOptions(**self.record["cut"]).direction if "cut" in self.record else 0
 
     def speed(self, what: str) -> float:
         """Say how fast it was.
@@ -90,7 +92,7 @@ class Summary:
         Returns:
             As many a second, over all starts; 0.0 if nothing was timed.
         """
-        return sum(session[what] for session in self.manifest["sessions"]) / self.seconds if self.seconds else 0.0
+        return sum(session[what] for session in self.record["sessions"]) / self.seconds if self.seconds else 0.0
 
     def is_dropped(self) -> Iterator[bool]:
         """Say of one row after the other whether it lies above the threshold."""
@@ -112,14 +114,15 @@ def summarize(out: str | Path, top: int = 0) -> Summary:
         InputError: it holds no run, or a file of it is damaged.
     """
     folder = RunFolder(out)
-    manifest = folder.read_manifest()
+    manifest = read_manifest(folder)
     if manifest is None:
-        raise InputError(f"{out} holds no run: it has no run.json")
+        raise InputError(f"{out} holds no run: it has no manifest.json")
+    record = run_record(folder, manifest)
     count = 0
     while part_path(folder, count).exists():
         count += 1
     parts = [part_path(folder, number) for number in range(count)]
-    summary = Summary(folder.path, manifest["state"], manifest, folder.read_threshold(), parts)
+    summary = Summary(folder.path, record["state"], record, folder.read_threshold(), parts)
     statuses = Counter[str]()
     for path in parts:
         part = read_part(path)

@@ -246,7 +246,7 @@ def test_unexpected_error_is_one_line_with_a_way_to_see_more(
     def fail(*_: object, **__: object) -> None:
         raise KeyError("surprise\nand more")
 
-    monkeypatch.setattr("gradshield_fast.pipeline.run.identity", fail)
+    monkeypatch.setattr("gradshield_fast.pipeline.run.wanted_identity", fail)
     line = refusal(filter_(good))
     assert "KeyError" in line
     assert "--debug" in line

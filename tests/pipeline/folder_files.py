@@ -16,9 +16,10 @@ COLUMNS = ["row", "id", "fihs", "grad_norm", "loss", "tokens", "response_tokens"
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Everything a run leaves that must not depend on where it was stopped; safetensors orders its header by chance."""
-    aside = ("run.json", ".lock", "direction.safetensors")
+    """Everything a run leaves that must not depend on where it was stopped, nor on who worked on it."""
+    aside = ("manifest.json", "prepared.json", "batches.json", "run.json", "direction.safetensors")
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in aside]
+    paths = [path for path in paths if path.parent.name != "sessions" and not path.name.endswith(".lock")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 

@@ -148,7 +148,7 @@ def test_a_run_that_failed_before_it_scored_gives_way(asked: RunOptions, monkeyp
     with pytest.raises(InputError, match="direction-index"):
         run(replace(asked, cut=CutOptions(direction=1)))
     made = (asked.out / "direction.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr("gradshield_fast.pipeline.run.make_direction", lambda *_: pytest.fail("it was made before"))
+    monkeypatch.setattr("gradshield_fast.pipeline.worker.make_direction", lambda *_: pytest.fail("it was made before"))
     run(replace(asked, scoring=replace(asked.scoring, batch_tokens=128)))
     assert (asked.out / "direction.safetensors").stat().st_mtime_ns == made
 
@@ -158,13 +158,13 @@ def test_a_corpus_that_moved_is_the_same_run(asked: RunOptions, tmp_path: Path) 
     (tmp_path / "elsewhere").mkdir()
     moved = Path(asked.corpus.path).rename(tmp_path / "elsewhere" / Path(asked.corpus.path).name)
     run(replace(asked, corpus=CorpusOptions(moved)))
-    assert summarize(asked.out).manifest["request"]["corpus"]["path"] == str(moved)
+    assert summarize(asked.out).record["request"]["corpus"]["path"] == str(moved)
 
 
 def test_another_model_of_the_same_name_is_refused(asked: RunOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(asked, StopAt(20))
-    monkeypatch.setattr("gradshield_fast.pipeline.run.model_fingerprint", lambda model: "another")
+    monkeypatch.setattr("gradshield_fast.pipeline.worker.model_fingerprint", lambda model: "another")
     with pytest.raises(InputError, match=r"model\.weights"):
         run(asked)
 

@@ -131,7 +131,7 @@ def test_a_row_that_is_not_finite_is_named_and_its_neighbours_are_scored(
             model.model.embed_tokens.weight[token] = float("nan")
         return model, tokenizer
 
-    monkeypatch.setattr("gradshield_fast.pipeline.run.load_model", poisoned)
+    monkeypatch.setattr("gradshield_fast.pipeline.worker.load_model", poisoned)
     other = replace(asked, out=tmp_path / "poisoned")
     run(other)
     a, b = read_parts(RunFolder(asked.out), 7), read_parts(RunFolder(other.out), 7)
