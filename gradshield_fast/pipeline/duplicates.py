@@ -51,7 +51,9 @@ def fill_duplicates(folder: RunFolder, units: Sequence[Unit]) -> int:
         mine = _open_rows(part)
         at = np.searchsorted(rows, part.same_as[mine])
         for name in _NUMBERS:
-            getattr(part, name)[mine] = getattr(table, name)[at]
+            values = getattr(part, name).copy()  # Arrow lends its own memory, which is not to be written to
+            values[mine] = getattr(table, name)[at]
+            setattr(part, name, values)
         for i, k in zip(mine.tolist(), at.tolist(), strict=True):
             part.status[i], part.reason[i] = table.status[k], table.reason[k]
         write_whole(path, part_bytes(part, unit))
