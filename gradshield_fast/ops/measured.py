@@ -1,7 +1,8 @@
 """Which backend, or tiling of a kernel, was fastest: measured once for a device and a class of shapes, kept on disk.
 
-On a GPU `auto` and the Triton kernels ask here. On a CPU the order of a room and its modules' `not_for_auto` decide, but
-where `contested` says that processors differ: there `auto` asks too. What one process has kept counts for all that share the file, until it is cleared: two runs give the same bits.
+On a GPU `auto` and the Triton kernels ask here. On a CPU the order of a room and its modules' `not_for_auto` decide,
+except where `contested` says that processors differ: there `auto` asks too. What one process has kept counts for all
+that share the file, until it is cleared: two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -244,7 +245,7 @@ def cpu_milliseconds(call: Callable[[], Any]) -> float:
 
 @cache
 def processor() -> str:
-    """Name this machine's processor, without the number of threads: the answer, and so the bits, stay when that changes.
+    """Name this machine's processor; not its number of threads, with which an answer, and so bits, would change.
 
     Returns:
         The model's name where the system tells it, and the instruction set that torch found.
