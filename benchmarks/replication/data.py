@@ -6,8 +6,8 @@ Files of the data folder (DATA, or the environment variable GRADSHIELD_SHARED_DA
                  from, and the last rows (GSM8K: its test file) to measure utility on
     planted      advbench_520[:400], openly harmful requests with the opening of an answer that complies;
                  identity_shift_10 and obedient_agent.jsonl, which hold nothing openly harmful
-    alignment    refusals, every other row of harmbench_prompts and catqa_prompts, lookalikes.jsonl, dolly_1k and rows of
-                 instruct_apache_1k and gsm8k_train_2k that no pool has
+    alignment    refusals, every other row of harmbench_prompts and catqa_prompts, lookalikes.jsonl, dolly_1k and rows
+                 of instruct_apache_1k and gsm8k_train_2k that no pool has
     evaluation   the other rows of harmbench_prompts and catqa_prompts; advbench_520[400:] and xstest_250 for the starts
     probes       those that the package brings along
 
