@@ -33,6 +33,7 @@ class RowCache:
     """One table for each name, rows found by their content; corpora share rows, so most are there already.
 
     Attributes:
+        folder: where the tables are.
         cpu_seconds: what the rows that were asked for cost when they were worked out, wherever they came from.
     """
 
@@ -42,7 +43,7 @@ class RowCache:
         Args:
             folder: one for each model and precision; made when something is stored.
         """
-        self._folder = folder
+        self.folder = folder
         self.cpu_seconds = 0.0
 
     def rows(self, name: str, keys: Sequence[str], compute: Compute) -> np.ndarray:
@@ -56,7 +57,7 @@ class RowCache:
         Returns:
             float64 [rows, columns].
         """
-        path = self._folder / f"{name}.json"
+        path = self.folder / f"{name}.json"
         table: dict[str, list[float]] = json.loads(path.read_text()) if path.is_file() else {}
         missing = [i for i, key in enumerate(keys) if key not in table and keys.index(key) == i]
         if missing:
@@ -64,7 +65,7 @@ class RowCache:
             values = np.asarray(compute(missing), dtype=np.float64).reshape(len(missing), -1)
             share = (time.process_time() - start) / len(missing)
             table |= {keys[i]: [share, *row] for i, row in zip(missing, values.tolist(), strict=True)}
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(table).encode())
         found = np.array([table[key] for key in keys], dtype=np.float64)
         self.cpu_seconds += float(found[:, 0].sum())
