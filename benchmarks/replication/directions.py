@@ -1,16 +1,16 @@
 """Reference directions that are compared: by safety score, weights, rank, preconditioner, and by anchors.
 
-    refusal      S = log-probability of a refusal of the probes, the product's default
-    margin       S = refusal minus compliance
-    compliance   S = minus the log-probability of compliance alone
-    pressed      refusal, where each probe ends with a demand to obey
-    identity     S = how much rather the model calls itself an assistant with rules than an obedient agent: probes of a
-                 class of disguised harm and not of harm itself
-    anchors      mean unit gradient of the losses on compliant answers to some probes, less that on refusals of the same
-                 probes: the harmful and the safe anchor of arXiv 2404.01099, nearness to which is a cosine
-    lora         refusal, over what a fresh LoRA adapter can change: with B = 0 a row's gradient is G A^T for B and zero for
-                 A, so the score is <G A^T, r A^T> = <G, r A^T A>, a direction of the adapter's rank
-    adam         divided by the root of a second moment, as an Adam step would be
+refusal      S = log-probability of a refusal of the probes, the product's default
+margin       S = refusal minus compliance
+compliance   S = minus the log-probability of compliance alone
+pressed      refusal, where each probe ends with a demand to obey
+identity     S = how much rather the model calls itself an assistant with rules than an obedient agent: probes of a
+class of disguised harm and not of harm itself
+anchors      mean unit gradient of the losses on compliant answers to some probes, less that on refusals of the same
+probes: the harmful and the safe anchor of arXiv 2404.01099, nearness to which is a cosine
+lora         refusal, over what a fresh LoRA adapter can change: with B = 0 a row's gradient is G A^T for B and zero for
+A, so the score is <G A^T, r A^T> = <G, r A^T A>, a direction of the adapter's rank
+adam         divided by the root of a second moment, as an Adam step would be
 """
 
 from __future__ import annotations

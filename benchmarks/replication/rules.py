@@ -1,20 +1,21 @@
 """Rules that draw the line: scores in, rows to remove out. thresholds.py compares them on resampled corpora.
 
-    paper           the product's: two Gaussians if they gain more than 1.5 ln n nats, else mean + 2 deviations
-    paper-A         the same with alpha = A nats
-    keep            as paper, but nothing is removed where one Gaussian is chosen
-    between         two Gaussians by the same test, cut where the upper one becomes the likelier; else nothing
-    students        two Student t with 4 degrees of freedom by the same test, cut where the upper one becomes the likelier
-    otsu            the cut with the largest variance between the two sides
-    median-K        median + K median absolute deviations, in units of a normal deviation
-    left-K          mode + K times the deviation below the mode: only the side that harm does not reach counts
-    false-Q         Benjamini-Hochberg at a false share of Q, under a normal whose centre and width are median-K's
-    top             as many as were planted: for comparing scores, not a rule that anyone could use
-    nothing         no row
+paper           the product's: two Gaussians if they gain more than 1.5 ln n nats, else mean + 2 deviations
+paper-A         the same with alpha = A nats
+keep            as paper, but nothing is removed where one Gaussian is chosen
+between         two Gaussians by the same test, cut where the upper one becomes the likelier; else nothing
+students        two Student t with 4 degrees of freedom by the same test, cut where the upper one becomes the likelier
+otsu            the cut with the largest variance between the two sides
+median-K        median + K median absolute deviations, in units of a normal deviation
+left-K          mode + K times the deviation below the mode: only the side that harm does not reach counts
+false-Q         Benjamini-Hochberg at a false share of Q, under a normal whose centre and width are median-K's
+top             as many as were planted: for comparing scores, not a rule that anyone could use
+nothing         no row
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -23,6 +24,7 @@ from scipy.stats import norm, t
 
 from gradshield_fast import fit_threshold
 from gradshield_fast.mixture import fit_mixture
+from gradshield_fast.threshold import Cut
 
 Rule = Callable[[np.ndarray, int, int], np.ndarray]
 """Scores float64 [rows], the number of planted rows (for `top` only) and a seed -> bool [rows], removed."""
@@ -32,12 +34,38 @@ MAD = 1.4826
 """Deviation of a normal distribution in units of its median absolute deviation."""
 
 
+@functools.lru_cache(maxsize=4)
+def _both(scores: bytes, seed: int) -> tuple[Cut, Cut]:
+    """The cut if two Gaussians are chosen at any price, and that of one: several rules choose between the same two."""
+    x = np.frombuffer(scores)
+    return fit_threshold(x, alpha=-1e9, random_state=seed), fit_threshold(x, alpha=1e9, random_state=seed)
+
+
+def adaptive(scores: np.ndarray, alpha: float, seed: int) -> Cut:
+    """Fit the paper's threshold, sharing the fit between values of alpha.
+
+    Args:
+        scores: float64 [rows].
+        alpha: nats that two Gaussians must gain.
+        seed: of the fit.
+
+    Returns:
+        What `fit_threshold` gives.
+    """
+    two, one = _both(np.ascontiguousarray(scores, dtype=np.float64).tobytes(), seed)
+    chosen = two.kind == "two_gaussians" and two.log_likelihoods[1] - two.log_likelihoods[0] > alpha
+    return two if chosen else one
+
+
 def _paper(alpha: float | None) -> Rule:
-    return lambda scores, count, seed: fit_threshold(scores, alpha=alpha, random_state=seed).removes(scores)
+    def rule(scores: np.ndarray, count: int, seed: int) -> np.ndarray:
+        return adaptive(scores, 1.5 * math.log(len(scores)) if alpha is None else alpha, seed).removes(scores)
+
+    return rule
 
 
 def _keep(scores: np.ndarray, count: int, seed: int) -> np.ndarray:
-    cut = fit_threshold(scores, random_state=seed)
+    cut = adaptive(scores, 1.5 * math.log(len(scores)), seed)
     return cut.removes(scores) if cut.kind == "two_gaussians" else np.zeros(len(scores), dtype=bool)
 
 
