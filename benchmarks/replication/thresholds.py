@@ -4,8 +4,8 @@
 
 From the rows of a task, or of all tasks, benign rows are drawn without replacement and planted ones put among them;
 every rule of rules.py sees their scores. What it removes of either kind is averaged over draws and tasks. The rule
-"clean-Q" cuts at a quantile of the scores of 40 other benign rows of the same task, which somebody would have to know to
-be clean. One JSON line a start goes to benchmarks/results/thresholds.jsonl.
+"clean-Q" cuts at a quantile of the scores of 40 other benign rows of the same task, which somebody would have to know
+to be clean. One JSON line a start goes to benchmarks/results/thresholds.jsonl.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Whether FIHS is what it claims to be: the change of S that one step on a row makes, and where in the model it comes from.
+"""Whether FIHS is what it claims to be: the change of S that one step on a row makes, and where it comes from.
 
     python benchmarks/replication/why.py --start STARTS/plain --data DATA
 
-The first-order claim is tested by taking the step: for each of some rows of every kind, theta' = theta - lr grad loss(x)
-in float32, and S(theta') - S(theta) measured on the probes that the direction was built from, for several learning
-rates; and one step of Adam from rest, theta' = theta - lr sign(grad loss(x)). Correlations are those of the measured loss
-of safety with FIHS, over all rows.
+The first-order claim is tested by taking the step. For each of some rows of every kind theta' = theta - lr grad loss(x)
+in float32, and S(theta') - S(theta) is measured on the probes that the direction was built from, for several learning
+rates; and the same for one step of Adam from rest, theta' = theta - lr sign(grad loss(x)). Correlations are those of the
+measured loss of safety with FIHS, over all rows.
 
 The same rows are scored with each layer's and each weight kind's part of the direction alone, which add up to FIHS: the
 share of the score that a part holds, and how well it alone finds planted rows. One JSON line goes to
@@ -291,7 +291,8 @@ def main(argv: list[str] | None = None) -> int:
         name: by_part(values[:, 2 + k * len(labels) : 2 + (k + 1) * len(labels)], labels, source)
         for k, name in enumerate(pieces)
     }
-    points = [[str(n), *(float(f"{x:.5g}") for x in (*s, *c.ravel()))] for n, s, c in zip(source, scores, changes)]
+    numbers = np.concatenate([scores, norms[:, None], changes.reshape(len(rows), -1)], axis=1).tolist()
+    points = [[name, *(float(f"{x:.5g}") for x in row)] for name, row in zip(source.tolist(), numbers, strict=True)]
     counts = {str(name): int((source == name).sum()) for name in np.unique(source)}
     record = {"rows": counts, "claim": first, "parts": layers, "points": points}
     append(options.results, {**surroundings(vars(options)), **record})
