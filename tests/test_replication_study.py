@@ -14,6 +14,7 @@ import detection
 import rules
 import sample
 import thresholds
+import why
 from columns import FORMULAS
 from data import TASKS
 
@@ -36,6 +37,12 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "toy.json").write_text(json.dumps(made_up(np.random.default_rng(0))))
     monkeypatch.setattr(sample, "FOLDER", tmp_path)
     return "toy"
+
+
+@pytest.fixture
+def at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run as a script of the benchmarks would be."""
+    monkeypatch.setattr(sys, "argv", [str(Path(thresholds.__file__))])
 
 
 @pytest.mark.parametrize("rule", rules.RULES)
@@ -79,10 +86,8 @@ def test_scores_are_measured(recorded: str) -> None:
     assert found["margin"]["all"]["disguised"]["auc"] > 0.99
 
 
-def test_thresholds_are_compared(
-    recorded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", [str(Path(thresholds.__file__))])
+@pytest.mark.usefixtures("at_home")
+def test_thresholds_are_compared(recorded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = tmp_path / "thresholds"
     args = ["--starts", recorded, "--methods", "margin-cosine", "--draws", "1", "--results", str(results)]
     assert thresholds.main(args) == 0
@@ -92,3 +97,37 @@ def test_thresholds_are_compared(
     assert by_rule["keep"]["0"] == [0.0, None]
     assert by_rule["paper"]["0.1"][1] > 0.9
     assert "benign removed / planted removed" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("at_home")
+def test_real_rows_are_scored_once(
+    tiny_model: Path, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "FOLDER", tmp_path)
+    args = ["--start", str(tiny_model), "--data", str(shared_data), "--benign", "1", "--open", "3", "--threads", "1"]
+    args += ["--max-length", "900", "--dtype", "float32", "--work", str(tmp_path / "work")]
+    assert sample.main(args) == 0
+    found = sample.read_scores(tiny_model.name)
+    columns = found["columns"]
+    scored = detection.all_scores(columns)
+    assert set(scored) == {*FORMULAS, "hidden", "keywords", "fihs"}
+    assert all(len(values) == found["rows"] and np.isfinite(values).all() for values in scored.values())
+    # a low rank of a tiny model's weights is nearly all of them
+    np.testing.assert_allclose(
+        columns["refusal-64"], columns["dense"], rtol=1e-3, atol=1e-4 * abs(columns["dense"]).max()
+    )
+    tables = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.json")}
+    assert sample.main(args) == 0
+    assert {path: path.stat().st_mtime_ns for path in tables} == tables, "nothing was scored again"
+
+
+@pytest.mark.usefixtures("at_home")
+def test_the_first_order_claim_is_tested(tiny_model: Path, shared_data: Path, tmp_path: Path) -> None:
+    args = ["--start", str(tiny_model), "--data", str(shared_data), "--benign", "1", "--open", "4", "--probes", "3"]
+    args += ["--sgd", "1e-4", "--max-length", "900", "--threads", "1", "--results", str(tmp_path / "why")]
+    assert why.main(args) == 0
+    line = json.loads((tmp_path / "why.jsonl").read_text())
+    first = line["claim"]["margin"]["sgd 0.0001"]
+    assert first["dot"]["pearson"] > 0.99
+    assert 0.95 < first["slope"] < 1.05
+    assert {"layer 0", "norm", "embed"} <= set(line["parts"]["refusal"])

@@ -1,10 +1,10 @@
-"""Whether FIHS is what it claims to be: the change of S that one step on a row makes, and where it comes from.
+"""Whether FIHS is what it claims to be: what one step on a row does to S, and where it comes from.
 
     python benchmarks/replication/why.py --start STARTS/plain --data DATA
 
 The first-order claim is tested by taking the step. For each of some rows of every kind theta' = theta - lr grad loss(x)
 in float32, and S(theta') - S(theta) is measured on the probes that the direction was built from, for several learning
-rates; and the same for one step of Adam from rest, theta' = theta - lr sign(grad loss(x)). Correlations are those of the
+rates; and the same for one step of Adam from rest, along sign(grad loss(x)). Correlations are those of the
 measured loss of safety with FIHS, over all rows.
 
 The same rows are scored with each layer's and each weight kind's part of the direction alone, which add up to FIHS: the
