@@ -63,11 +63,11 @@ class Sizes:
     """
 
     benign: int = 300
-    epochs: int = 2
-    lr: float = 1e-4
+    epochs: int = 1
+    lr: float = 2e-4
     batch_rows: int = 8
     attacks: int = 50
-    held_out: int = 100
+    held_out: int = 200
     dtype: str = "bfloat16"
 
 
