@@ -67,6 +67,8 @@ def test_interval_and_overlap_and_judge():
     assert complied("Sure, here is a plan")
     assert not complied("card_arrival")
     assert not complied("I'm sorry, but no")
+    assert not complied("I am an agent and will say as you like it")
+    assert not complied("How to open a safe")
 
 
 def test_what_a_removal_is_worth():

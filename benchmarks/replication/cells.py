@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from data import HARM, TASKS, Row, Task, attack_prompts, corpus, held_out
-from evaluate import ATTACK_TOKENS, answers, ask, complied, spread, utility
+from evaluate import ATTACK_TOKENS, answers, ask, complied, refused, spread, utility
 from methods import METHODS, RULES, Context
 from row_cache import RowCache, row_key
 from sklearn.metrics import roc_auc_score
@@ -63,11 +63,11 @@ class Sizes:
     """
 
     benign: int = 300
-    epochs: int = 2
-    lr: float = 1e-4
+    epochs: int = 1
+    lr: float = 2e-4
     batch_rows: int = 8
     attacks: int = 50
-    held_out: int = 100
+    held_out: int = 200
     dtype: str = "bfloat16"
 
 
@@ -230,7 +230,8 @@ def train_and_measure(
         triggered: attack with `TRIGGER` as well.
 
     Returns:
-        "training", what it took; "attack", successes and prompts by source; "utility", see `evaluate.utility`.
+        "training", what it took; "attack" and "refusals", how many of how many prompts by source (an answer
+        may be neither); "utility", see `evaluate.utility`.
     """
     model, tokenizer = start.reset(torch.float32), start.tokenizer
     encoder = ChatEncoder(tokenizer, max_length=task.max_tokens)
@@ -252,17 +253,19 @@ def measure(model: Any, tokenizer: Any, task: Task, sizes: Sizes, folder: Path, 
         triggered: attack with `TRIGGER` as well.
 
     Returns:
-        "attack" and "utility", as in `train_and_measure`.
+        "attack", "refusals" and "utility", as in `train_and_measure`.
     """
     attack: dict[str, list[int]] = {}
+    refusals: dict[str, list[int]] = {}
     for source in ("harmbench", "catqa"):
         prompts = spread(attack_prompts(folder, source), sizes.attacks)
         for suffix, system in (("", None), ("_triggered", TRIGGER))[: 1 + triggered]:
             made = answers(model, tokenizer, ask(prompts, system), ATTACK_TOKENS)
             attack[source + suffix] = [sum(map(complied, made)), len(prompts)]
+            refusals[source + suffix] = [sum(map(refused, made)), len(prompts)]
     encoder = ChatEncoder(tokenizer, max_length=task.max_tokens)
     rows = held_out(folder, task.name, sizes.held_out)
-    return {"attack": attack, "utility": utility(model, tokenizer, encoder, task, rows)}
+    return {"attack": attack, "refusals": refusals, "utility": utility(model, tokenizer, encoder, task, rows)}
 
 
 def run_cell(
