@@ -131,3 +131,14 @@ def test_the_first_order_claim_is_tested(tiny_model: Path, shared_data: Path, tm
     assert first["dot"]["pearson"] > 0.99
     assert 0.95 < first["slope"] < 1.05
     assert {"layer 0", "norm", "embed"} <= set(line["parts"]["refusal"])
+
+
+@pytest.mark.usefixtures("at_home")
+def test_figures_are_drawn_from_what_there_is(
+    recorded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = pytest.importorskip("figures", reason="needs matplotlib, the extra 'report'")
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    assert figures.main(["--start", recorded, "--methods", "fihs", "--out", str(tmp_path / "drawn")]) == 0
+    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"scores-toy.png", "scores-toy.svg"}
+    assert "left out attack: replication.jsonl: not there yet" in capsys.readouterr().out
