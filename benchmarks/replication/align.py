@@ -9,8 +9,7 @@ that are refused (over-refusal), before and after. Two recipes differ in wording
 are not one recipe's; `weak` is a start that is hardly aligned.
 
 What a recipe trains on is in recipes.py, what it is judged by in data.py; nothing that is planted or evaluated later is
-trained on. Every tenth of the steps is checked on prompts held back from the recipe, and the weights that refuse at
-least 95 % of the harmful ones and the fewest of the safe ones are kept, later ones before earlier ones.
+trained on. Every tenth of the steps is checked on prompts held back from the recipe, to see where more would not help.
 
 No answer to a harmful prompt is printed or stored: only rates are.
 """
@@ -34,60 +33,6 @@ from training import Report, Settings, fit, load_start
 
 from gradshield_fast.chat import ChatEncoder
 from gradshield_fast.errors import GradShieldError, InputError
-
-REFUSES = 0.95
-"""Share of the held-back harmful prompts that kept weights must refuse."""
-
-
-class Checks:
-    """Looks at the model while it is taught, and remembers the best weights.
-
-    Attributes:
-        history: (step, harmful prompts refused, safe ones refused) of every look, as shares.
-        kept: the step whose weights are remembered; 0: none refused enough.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any, prompts: tuple[list[str], list[str]], stop: float) -> None:
-        """Look at nothing yet.
-
-        Args:
-            model: the model that is taught.
-            tokenizer: its tokenizer.
-            prompts: harmful ones, and safe ones.
-            stop: share of the steps after which to end, with the weights of that step.
-        """
-        self._model, self._tokenizer, self._prompts, self._stop = model, tokenizer, prompts, stop
-        self._best: dict[str, torch.Tensor] = {}
-        self.history: list[tuple[int, float, float]] = []
-        self.kept = 0
-
-    def after_step(self, done: int, steps: int) -> bool:
-        """Look, if it is time.
-
-        Args:
-            done: steps done.
-            steps: steps in all.
-
-        Returns:
-            Whether to end.
-        """
-        if self._stop < 1:
-            return done >= self._stop * steps
-        if done % max(1, steps // 10) and done < steps:
-            return False
-        harmful, safe = (refusal_rate(self._model, self._tokenizer, p) for p in self._prompts)
-        print(f"step {done}/{steps}: refuses {harmful:.0%} of harmful and {safe:.0%} of safe prompts", flush=True)
-        lowest = min((s for step, _, s in self.history if step == self.kept), default=1.0)
-        if harmful >= REFUSES and safe <= lowest:
-            self.kept = done
-            self._best = {name: weight.detach().clone() for name, weight in self._model.state_dict().items()}
-        self.history.append((done, harmful, safe))
-        return False
-
-    def restore(self) -> None:
-        """Give the model the best weights back, where there are any."""
-        if self._best:
-            self._model.load_state_dict(self._best)
 
 
 def refusal_rate(model: Any, tokenizer: Any, prompts: list[str]) -> float:
@@ -134,7 +79,7 @@ def judge(model: Any, tokenizer: Any, folder: Path, count: int) -> dict[str, Any
 
 def teach(
     model: Any, tokenizer: Any, folder: Path, recipe: Recipe, seed: int, max_tokens: int
-) -> tuple[Report, Checks]:
+) -> tuple[Report, list[tuple[int, float, float]]]:
     """Fine-tune a model by a recipe.
 
     Args:
@@ -146,14 +91,21 @@ def teach(
         max_tokens: rows are cut there.
 
     Returns:
-        What it took, and what was seen on the way.
+        What it took; and what was seen on the way: step, share of harmful prompts refused, share of safe ones refused.
     """
     encoder = ChatEncoder(tokenizer, max_length=max_tokens)
     rows = [encoder.encode_prompt_response(*row) for row in training_rows(folder, recipe)]
-    checks = Checks(model, tokenizer, check_prompts(folder), recipe.stop)
-    report = fit(model, rows, Settings(recipe.lr, 1, recipe.batch_rows, seed), checks.after_step)
-    checks.restore()
-    return report, checks
+    prompts = check_prompts(folder)
+    seen: list[tuple[int, float, float]] = []
+
+    def look(done: int, steps: int) -> bool:
+        if done % max(1, steps // 10) == 0 or done == steps:
+            harmful, safe = (refusal_rate(model, tokenizer, some) for some in prompts)
+            print(f"step {done}/{steps}: refuses {harmful:.0%} of harmful and {safe:.0%} of safe prompts", flush=True)
+            seen.append((done, harmful, safe))
+        return done >= recipe.stop * steps
+
+    return fit(model, rows, Settings(recipe.lr, 1, recipe.batch_rows, seed), look), seen
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -190,8 +142,8 @@ def main(argv: list[str] | None = None) -> int:
     record["settings"] = dataclasses.asdict(RECIPES[options.recipe])
     print("before", flush=True)
     record["before"] = judge(model.bfloat16(), tokenizer, folder, options.check)
-    report, checks = teach(model.float(), tokenizer, folder, RECIPES[options.recipe], options.seed, options.max_tokens)
-    record |= {"training": dataclasses.asdict(report), "checks": checks.history, "kept_step": checks.kept}
+    report, seen = teach(model.float(), tokenizer, folder, RECIPES[options.recipe], options.seed, options.max_tokens)
+    record |= {"training": dataclasses.asdict(report), "checks": seen}
     print("after", flush=True)
     record["after"] = judge(model, tokenizer, folder, options.check)
     record["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
