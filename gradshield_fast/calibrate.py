@@ -269,7 +269,7 @@ class Calibration:
     def _wrong(
         self, tally: Tally, truth: Truth | None = None, tolerance: float | None = None, noise: float | None = None
     ) -> list[str]:
-        """Weights whose dot products or norms disagree with autograd, on the model's own terms unless others are given."""
+        """Weights whose dot products or norms disagree with autograd, by the model's own bounds if not told others."""
         truth = self.truth if truth is None else truth
         tolerance = self.tolerance if tolerance is None else tolerance
         noise = self.noise if noise is None else noise

@@ -1,4 +1,4 @@
-"""A 16-bit model's weights in float32 for a while: what tells a wrong way to run it from one that rounds differently."""
+"""A 16-bit model's weights in float32 for a while, to tell a wrong way to run it from one that rounds differently."""
 
 from __future__ import annotations
 
