@@ -77,7 +77,7 @@ def report_run(
     return DONE
 
 
-def show_run(out: Path, top: int = 0, corpus: Path | None = None) -> int:
+def show_run(out: Path, top: int = 0, corpus: str | None = None) -> int:
     """Print what a run's folder holds.
 
     Args:
@@ -100,7 +100,7 @@ def show_run(out: Path, top: int = 0, corpus: Path | None = None) -> int:
     return SOME_UNSCORED if summary.unscored else DONE
 
 
-def _recut(run: Path, cut: CutOptions, corpus: Path | None, log_json: bool) -> int:
+def _recut(run: Path, cut: CutOptions, corpus: str | None, log_json: bool) -> int:
     from gradshield_fast.pipeline.run import recut
 
     with watching(log_json) as reporter:

@@ -17,10 +17,15 @@ def _option(*names: str, help: str, panel: str) -> typer.models.OptionInfo:
     return typer.Option(*names, help=help, rich_help_panel=panel)
 
 
-Corpus = Annotated[Path, typer.Argument(help="JSONL (.gz, .zst), Parquet, a folder of those, or a `datasets` folder.")]
+Corpus = Annotated[
+    str,
+    typer.Argument(
+        help="JSONL (.gz, .zst), Parquet, a folder or a quoted pattern of those, or a `datasets` folder; also s3://, gs://."
+    ),
+]
 Run = Annotated[Path, typer.Argument(help="A run's folder.")]
 MovedCorpus = Annotated[
-    Path | None, typer.Option("--corpus", help="Where the corpus is now, if it has moved; its name must be the same.")
+    str | None, typer.Option("--corpus", help="Where the corpus is now, if it has moved; its name must be the same.")
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder of the run; the same command goes on with it.")]
 
@@ -47,7 +52,9 @@ DirectionFiles = Annotated[
 ]
 SafetyScore = Annotated[
     str,
-    _option("--score", help="refusal_logprob, or refusal_margin for a model that does not refuse.", panel=_DIRECTION),
+    _option(
+        "--score", help="refusal_margin; or refusal_logprob, the paper's, for a model that refuses.", panel=_DIRECTION
+    ),
 ]
 Weights = Annotated[
     str | None,
@@ -98,7 +105,7 @@ AutoBatchTokens = Annotated[
     str, _option("--batch-tokens", help="Tokens of a batch, padding included; auto: by the free memory.", panel=_ROWS)
 ]
 PartRows = Annotated[int, _option("--part-rows", help="Rows that are committed together.", panel=_ROWS)]
-Normalize = Annotated[str, _option("--normalize", help="none: the dot product; cosine.", panel=_ROWS)]
+Normalize = Annotated[str, _option("--normalize", help="cosine; or none: the dot product, the paper's.", panel=_ROWS)]
 Norms = Annotated[bool, _option("--norms", help="Also record gradient norms.", panel=_ROWS)]
 LossReduction = Annotated[
     str, _option("--loss-reduction", help="mean over a row's response tokens, or sum.", panel=_ROWS)
@@ -110,6 +117,10 @@ Compile = Annotated[
 ]
 Checkpoint = Annotated[
     bool, _option("--checkpoint", help="Less memory for one more forward pass a batch.", panel=_ROWS)
+]
+Dedupe = Annotated[
+    bool,
+    _option("--dedupe/--no-dedupe", help="Score rows that say the same once.", panel=_ROWS),
 ]
 DryRun = Annotated[
     bool, _option("--dry-run", help="Read and encode all rows; load no weights, write nothing.", panel=_ROWS)

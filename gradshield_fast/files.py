@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +95,18 @@ def cannot_write(path: Path, error: OSError) -> InputError:
     elif error.errno in (errno.EEXIST, errno.ENOTDIR):
         advice = "a file is in the way of the folder: choose another one"
     return InputError(f"cannot write {path}: {error.strerror or error}; {advice}")
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there.
+
+    Args:
+        path: which.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -44,6 +44,8 @@ def print_summary(summary: Summary, console: Console) -> None:
     rows.append(("rows", f"{total:,}" if total is not None else "not counted yet"))
     if summary.rows:
         rows.append(("scored", f"{summary.scored:,}"))
+        if summary.duplicates:
+            rows.append(("  duplicates", f"{summary.duplicates:,}, scored with the row that they repeat"))
         cut = [name for name in ("truncated",) if summary.statuses.get(name)]
         rows += [(f"  {name}", f"{summary.statuses[name]:,}") for name in cut]
         if summary.cut is not None:

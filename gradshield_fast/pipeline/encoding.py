@@ -13,6 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +23,7 @@ from gradshield_fast.chat import ChatEncoder, Encoded
 from gradshield_fast.corpus import Row
 from gradshield_fast.errors import InputError, ScoringError
 from gradshield_fast.loading import load_tokenizer
+from gradshield_fast.pipeline.duplicate_rows import DUPLICATE
 from gradshield_fast.pipeline.options import CorpusOptions, ModelOptions
 from gradshield_fast.pipeline.units import Unit, UnitReader
 
@@ -38,6 +40,7 @@ class EncodedUnit:
         response_tokens: int32 [rows].
         input_ids: int32 [all tokens], row after row.
         labels: int32 [all tokens].
+        same_as: int64 [rows], the earlier row whose score is this one's too; -1 where there is none.
     """
 
     id: list[str]
@@ -47,14 +50,16 @@ class EncodedUnit:
     response_tokens: np.ndarray
     input_ids: np.ndarray
     labels: np.ndarray
+    same_as: np.ndarray
 
     @classmethod
-    def of(cls, ids: list[str], rows: Sequence[Encoded]) -> EncodedUnit:
+    def of(cls, ids: list[str], rows: Sequence[Encoded], same_as: np.ndarray) -> EncodedUnit:
         """Put rows together.
 
         Args:
             ids: their ids.
             rows: the rows.
+            same_as: as the attribute.
 
         Returns:
             The unit.
@@ -67,6 +72,7 @@ class EncodedUnit:
             response_tokens=np.array([row.response_tokens for row in rows], dtype=np.int32),
             input_ids=_flat([row.input_ids for row in rows]),
             labels=_flat([row.labels for row in rows]),
+            same_as=same_as,
         )
 
     def rows(self) -> list[Encoded]:
@@ -110,11 +116,12 @@ def encode_unit(unit: Unit, reader: UnitReader, encoder: ChatEncoder) -> Encoded
     Returns:
         Its rows.
     """
-    ids, rows = [], []
-    for row in reader.rows(unit):
+    ids, rows, first = [], [], reader.first(unit)
+    same_as = np.where(first < np.arange(unit.first, unit.first + unit.rows), first, -1)
+    for row, other in zip(reader.rows(unit), same_as.tolist(), strict=True):
         ids.append(row.id)
-        rows.append(encode_row(row, encoder))
-    return EncodedUnit.of(ids, rows)
+        rows.append(encode_row(row, encoder) if other < 0 else Encoded([], [], 0, DUPLICATE))
+    return EncodedUnit.of(ids, rows, same_as)
 
 
 class Encoding:
@@ -126,7 +133,14 @@ class Encoding:
         waited: seconds that `take` took in all.
     """
 
-    def __init__(self, corpus: CorpusOptions, model: ModelOptions, encoder: ChatEncoder, workers: int) -> None:
+    def __init__(
+        self,
+        corpus: CorpusOptions,
+        model: ModelOptions,
+        encoder: ChatEncoder,
+        workers: int,
+        duplicates: Path | None = None,
+    ) -> None:
         """Take what a worker needs.
 
         Args:
@@ -134,8 +148,9 @@ class Encoding:
             model: whose tokenizer.
             encoder: the encoder of this process; the workers' must be the same.
             workers: processes; 0: none, each unit is encoded when it is taken.
+            duplicates: as for `UnitReader`.
         """
-        self._reader, self._encoder, self._workers = UnitReader(corpus), encoder, workers
+        self._reader, self._encoder, self._workers = UnitReader(corpus, duplicates), encoder, workers
         self._ahead: dict[int, Future[EncodedUnit]] = {}
         self._pool: ProcessPoolExecutor | None = None
         if workers:
@@ -143,7 +158,7 @@ class Encoding:
                 workers,
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_begin,
-                initargs=(corpus, model, encoder.max_length, encoder.template, encoder.describe()),
+                initargs=(corpus, model, encoder.max_length, encoder.template, encoder.describe(), duplicates),
             )
         self.waited = 0.0
 
@@ -239,7 +254,12 @@ _worker: tuple[UnitReader, ChatEncoder] | Exception
 
 
 def _begin(
-    corpus: CorpusOptions, model: ModelOptions, max_length: int | None, template: str, described: dict[str, Any]
+    corpus: CorpusOptions,
+    model: ModelOptions,
+    max_length: int | None,
+    template: str,
+    described: dict[str, Any],
+    duplicates: Path | None,
 ) -> None:
     """Begin a worker process, which does not outlive its parent; what goes wrong is told with the first unit."""
     global _worker
@@ -253,7 +273,7 @@ def _begin(
         differ = sorted(key for key, value in encoder.describe().items() if value != described[key])
         if set(differ) - {"template_kind"}:
             raise InputError(f"the tokenizer of {model.name} differs in another process: {', '.join(differ)}")
-        _worker = (UnitReader(corpus), encoder)
+        _worker = (UnitReader(corpus, duplicates), encoder)
     except Exception as error:
         _worker = error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,10 @@ class Engine:
         part = Part.blank(unit.first, unit.rows, self._scorer.direction.count)
         part.id, part.status, part.reason = list(encoded.id), list(encoded.status), list(encoded.reason)
         part.tokens, part.response_tokens = encoded.tokens, encoded.response_tokens
+        part.same_as = encoded.same_as
         items: list[tuple[int, Encoded]] = []
+        leaders: dict[bytes, int] = {}
+        followers: list[tuple[int, int]] = []
         for position, row in enumerate(encoded.rows(), unit.first):
             if not row.usable:
                 self._reporter.advance(1)
@@ -66,12 +70,18 @@ class Engine:
                 reason = f"token {max(row.input_ids)} is beyond the model's vocabulary of {self._vocabulary}"
                 part.fail(position, "bad_tokens", reason)
                 self._reporter.advance(1)
+            elif self._options.dedupe and (leader := leaders.setdefault(_tokens_key(row), position)) != position:
+                # other turns, but the same tokens: a template trimmed them, or they were cut
+                followers.append((position - unit.first, leader - unit.first))
+                self._reporter.advance(1)
             else:
                 items.append((position, row))
         if items:
             padded = self._scorer.ways.get("packing") != "packed"
             for batch in pack(items, batch_tokens=self._batch_tokens, window=len(items), padded=padded):
                 self._score_batch(batch, part)
+        for i, leader in followers:
+            part.follow(i, leader)
         return part
 
     def _score_batch(self, batch: Batch, part: Part) -> None:
@@ -138,6 +148,11 @@ def cosine(dot: np.ndarray, norm: np.ndarray, direction_norm: np.ndarray) -> np.
     """
     product = norm[:, None] * direction_norm
     return np.divide(dot, product, out=np.where(product == 0, 0.0, np.nan), where=product != 0)
+
+
+def _tokens_key(row: Encoded) -> bytes:
+    tokens = np.array([row.input_ids, row.labels], dtype=np.int32)
+    return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
 
 def given(batch: Batch) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gradshield_fast.errors import InputError
-from gradshield_fast.files import cannot_write, write_once, write_whole
+from gradshield_fast.files import cannot_write, remove, write_once, write_whole
 
 RUN_FORMAT = "gradshield_fast.run.2"
 Shard = tuple[int, int]
@@ -52,6 +52,11 @@ class RunFolder:
         return self.path / "direction.safetensors"
 
     @property
+    def duplicates(self) -> Path:
+        """The rows that say what an earlier one says."""
+        return self.path / "duplicates.npy"
+
+    @property
     def scores(self) -> Path:
         """The folder of its parts."""
         return self.path / "scores"
@@ -78,7 +83,7 @@ class RunFolder:
             others = {entry.name for entry in self.path.iterdir()}
         except OSError as error:
             raise cannot_write(self.path, error) from error
-        known = {"scores", "sessions", self.record.name, self.direction.name}
+        known = {"scores", "sessions", self.record.name, self.direction.name, self.duplicates.name}
         others = {name for name in others - known if not name.startswith(".")}
         if others and not self.manifest.exists():
             raise InputError(
@@ -176,7 +181,7 @@ class RunFolder:
             for pattern in patterns:
                 for path in folder.glob(pattern):
                     with contextlib.suppress(OSError):
-                        path.unlink()
+                        remove(path)
 
     def read(self, path: Path) -> dict[str, Any] | None:
         """Read one of the folder's JSON files.

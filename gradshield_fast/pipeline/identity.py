@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gradshield_fast
+from gradshield_fast import storage
 from gradshield_fast.corpus import corpus_fingerprint
 from gradshield_fast.corpus_files import find_files
 from gradshield_fast.errors import InputError
@@ -94,7 +95,7 @@ def file_digest(path: Path) -> str:
 def _same_files(corpus: CorpusOptions, known: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if known is None:
         return None
-    there = [(file.path.name, file.path.stat().st_size) for file in find_files(corpus.path, corpus.format)]
+    there = [(file.name, storage.size_of(file.path)) for file in find_files(corpus.path, corpus.format)]
     if there != [(file["name"], file["size"]) for file in known["files"]]:
         return None
     return {"files": known["files"], "sha256": known["sha256"]}

@@ -6,8 +6,12 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any
 
+from gradshield_fast import storage
+from gradshield_fast.corpus import parse_row
+from gradshield_fast.corpus_columns import RawRow
 from gradshield_fast.corpus_files import find_files
 from gradshield_fast.errors import InputError
+from gradshield_fast.pipeline.duplicate_rows import Finder
 from gradshield_fast.pipeline.folder import RUN_FORMAT, RunFolder
 from gradshield_fast.pipeline.identity import differences, identity
 from gradshield_fast.pipeline.options import RunOptions
@@ -81,7 +85,7 @@ def open_manifest(folder: RunFolder, options: RunOptions, wanted: dict[str, Any]
                     "name a new folder"
                 )
             _give_way(folder, other)
-        manifest = _begin(options, wanted, reporter)
+        manifest = _begin(folder, options, wanted, reporter)
         value = {
             "format": RUN_FORMAT,
             "identity": manifest.identity,
@@ -110,11 +114,21 @@ def wanted_identity(folder: RunFolder, options: RunOptions) -> dict[str, Any]:
     return identity(options, old.identity["corpus"] if old else None)
 
 
-def _begin(options: RunOptions, wanted: dict[str, Any], reporter: Reporter) -> Manifest:
+def _begin(folder: RunFolder, options: RunOptions, wanted: dict[str, Any], reporter: Reporter) -> Manifest:
     corpus = options.corpus
     files = find_files(corpus.path, corpus.format)
     reporter.stage("counting the rows")
-    units = cut_units(files, corpus.max_row_bytes, options.scoring.part_rows, reporter.advance)
+    with contextlib.ExitStack() as stack:
+        finder = stack.enter_context(Finder(folder.path)) if options.scoring.dedupe else None
+
+        def take(position: int, raw: RawRow) -> None:
+            if finder is not None:
+                finder.add(position, parse_row(raw, position, corpus.columns, corpus.max_row_bytes).messages)
+
+        units = cut_units(files, corpus.max_row_bytes, options.scoring.part_rows, reporter.advance, take)
+        if finder is not None:
+            duplicates = finder.write(folder.duplicates)
+            reporter.note(f"rows that say what an earlier one says, and share its score: {duplicates:,}")
     if not units:
         raise InputError(f"corpus {corpus.path} is empty: expected at least one row; got only blank lines or nothing")
     return Manifest(wanted, request(options), units[-1].first + units[-1].rows, units)
@@ -122,7 +136,7 @@ def _begin(options: RunOptions, wanted: dict[str, Any], reporter: Reporter) -> M
 
 def _give_way(folder: RunFolder, other: list[str]) -> None:
     """Remove what belongs to the run that was; a direction stays if the new run would make the same."""
-    stale = [folder.prepared, folder.batches, folder.record]
+    stale = [folder.prepared, folder.batches, folder.record, folder.duplicates]
     if any(name.startswith(("version", "model.", "direction.")) for name in other):
         stale.append(folder.direction)
     for path in [*stale, *folder.sessions.glob("*.jsonl"), folder.manifest]:
@@ -140,7 +154,7 @@ def request(options: RunOptions) -> dict[str, Any]:
         JSON values.
     """
     return {
-        "corpus": {"path": str(options.corpus.path.absolute())},
+        "corpus": {"path": storage.absolute(options.corpus.path)},
         "model": options.model.name,
         "adapter": options.model.adapter,
         "probes": str(options.direction.probes) if options.direction.probes else None,

@@ -92,6 +92,18 @@ class Part:
         self.status[i], self.reason[i] = status, reason
         self.fihs[i], self.grad_norm[i] = np.nan, np.nan
 
+    def follow(self, i: int, leader: int) -> None:
+        """Give a row the score of another one with the same tokens.
+
+        Args:
+            i: the row, counted in the part.
+            leader: the other one.
+        """
+        self.fihs[i], self.grad_norm[i], self.loss[i] = self.fihs[leader], self.grad_norm[leader], self.loss[leader]
+        self.same_as[i] = self.row[leader]
+        if self.status[leader] not in SCORED:
+            self.status[i], self.reason[i] = self.status[leader], self.reason[leader]
+
 
 def part_path(folder: RunFolder, number: int) -> Path:
     """Name the file of a part.

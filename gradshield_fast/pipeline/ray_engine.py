@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from gradshield_fast import storage
 from gradshield_fast.errors import GradShieldError, InputError, ScoringError
 from gradshield_fast.pipeline.encoding import pick_workers
 from gradshield_fast.pipeline.folder import RunFolder
@@ -126,7 +127,7 @@ class _Crew:
         options = replace(
             task.options,
             out=task.options.out.absolute(),
-            corpus=replace(task.options.corpus, path=task.options.corpus.path.absolute()),
+            corpus=replace(task.options.corpus, path=storage.absolute(task.options.corpus.path)),
         )
         self._shared = ray.put(options)
 

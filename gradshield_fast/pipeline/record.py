@@ -11,7 +11,7 @@ from gradshield_fast.pipeline.options import CorpusOptions
 from gradshield_fast.pipeline.parts import part_path
 from gradshield_fast.pipeline.sessions import read_sessions
 
-_OWN = ("state", "request", "cut", "counts")
+_OWN = ("state", "request", "duplicates", "cut", "counts")
 
 
 def run_record(folder: RunFolder, manifest: Manifest) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def keep_record(folder: RunFolder, manifest: Manifest, changes: dict[str, Any]) 
     folder.write(folder.record, {**run_record(folder, manifest), **changes})
 
 
-def recorded_corpus(record: dict[str, Any], moved_to: Path | None = None) -> CorpusOptions:
+def recorded_corpus(record: dict[str, Any], moved_to: str | Path | None = None) -> CorpusOptions:
     """Say which rows a run is about.
 
     Args:
@@ -67,5 +67,5 @@ def recorded_corpus(record: dict[str, Any], moved_to: Path | None = None) -> Cor
         The options it was read with, and where it was at the last start.
     """
     read = record["identity"]["corpus"]
-    path = moved_to or Path(record["request"]["corpus"]["path"])
+    path = moved_to or record["request"]["corpus"]["path"]
     return CorpusOptions(path, read["format"], read["columns"], read["max_row_bytes"])

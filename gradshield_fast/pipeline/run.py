@@ -12,8 +12,8 @@ from pathlib import Path
 
 from gradshield_fast.errors import InputError
 from gradshield_fast.files import write_whole
-from gradshield_fast.filtering import OUTPUTS
 from gradshield_fast.pipeline.cutting import find_cut, split
+from gradshield_fast.pipeline.duplicates import fill_duplicates
 from gradshield_fast.pipeline.folder import RunFolder
 from gradshield_fast.pipeline.identity import differences
 from gradshield_fast.pipeline.manifest import Manifest, open_manifest, read_manifest, request, wanted_identity
@@ -56,13 +56,15 @@ def run(options: RunOptions, reporter: Reporter | None = None) -> bool:
         if missing:
             _score(folder, manifest, units, missing, options, reporter)
         if shard is None:
-            keep_record(folder, manifest, {"state": "scored", "request": request(options)})
+            duplicates = fill_duplicates(folder, manifest.units)
+            changes = {"state": "scored", "request": request(options), "duplicates": duplicates}
+            keep_record(folder, manifest, changes)
             if options.cut is not None:
                 _cut(folder, manifest, options.corpus, options.cut, reporter)
     return True
 
 
-def recut(out: Path, cut: CutOptions, corpus: Path | None = None, reporter: Reporter | None = None) -> None:
+def recut(out: Path, cut: CutOptions, corpus: str | Path | None = None, reporter: Reporter | None = None) -> None:
     """Choose the threshold of a scored run, anew if need be, and split its corpus.
 
     Every part is read and held against the manifest, whoever made it: each row must be in exactly one of them.
@@ -95,6 +97,7 @@ def recut(out: Path, cut: CutOptions, corpus: Path | None = None, reporter: Repo
         stray -= {part_path(folder, unit.number).name for unit in manifest.units}
         if stray:
             raise InputError(f"{folder.scores / sorted(stray)[0]} is no part of this run; move it elsewhere")
+        keep_record(folder, manifest, {"state": "scored", "duplicates": fill_duplicates(folder, manifest.units)})
         _cut(folder, manifest, recorded_corpus(run_record(folder, manifest), corpus), cut, reporter)
 
 
@@ -102,7 +105,8 @@ def _finished(folder: RunFolder, cut: CutOptions | None) -> bool:
     record = folder.read(folder.record) or {}
     if cut is None:
         return bool(record)
-    if record.get("state") != "complete" or not all((folder.path / name).exists() for name in OUTPUTS.values()):
+    files = record.get("counts", {}).get("files", {}).values()
+    if record.get("state") != "complete" or not all((folder.path / name).exists() for name in files):
         return False
     if record["cut"] != asdict(cut):
         other = ", ".join(differences(record["cut"], asdict(cut)))

@@ -53,6 +53,7 @@ class Summary:
         rows: rows that were looked at.
         scored: those of them that have a score.
         dropped: those of them that lie above the threshold.
+        duplicates: rows that say what an earlier one says, and share its score.
         statuses: how many rows have which status, the most frequent first.
         top: rows with the highest scores, the highest first.
     """
@@ -65,6 +66,7 @@ class Summary:
     rows: int = 0
     scored: int = 0
     dropped: int = 0
+    duplicates: int = 0
     statuses: dict[str, int] = field(default_factory=dict)
     top: list[TopRow] = field(default_factory=list)
 
@@ -131,6 +133,7 @@ def summarize(out: str | Path, top: int = 0) -> Summary:
         summary.rows += len(part.row)
         summary.scored += int(part.scored.sum())
         summary.dropped += int(dropped.sum())
+        summary.duplicates += int((part.same_as >= 0).sum())
         summary.top = _highest([*summary.top, *_top_rows(part, dropped, summary.decider, top)], top)
     summary.statuses = dict(statuses.most_common())
     return summary

@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gradshield_fast.corpus import Row, parse_row
 from gradshield_fast.corpus_columns import RawRow
 from gradshield_fast.corpus_files import CorpusFile, find_files, iter_raw
-from gradshield_fast.corpus_formats import check_columns
 from gradshield_fast.errors import InputError
+from gradshield_fast.pipeline.duplicate_rows import Duplicates
 from gradshield_fast.pipeline.options import CorpusOptions
 
 BYTES_PER_ROW = 2048
@@ -48,7 +51,11 @@ class Unit:
 
 
 def cut_units(
-    files: Sequence[CorpusFile], max_row_bytes: int, part_rows: int, advance: Callable[[int], None]
+    files: Sequence[CorpusFile],
+    max_row_bytes: int,
+    part_rows: int,
+    advance: Callable[[int], None],
+    take: Callable[[int, RawRow], None] | None = None,
 ) -> list[Unit]:
     """Read a corpus once and cut it.
 
@@ -57,6 +64,7 @@ def cut_units(
         max_row_bytes: as for `read_corpus`.
         part_rows: rows of a unit at the most; its bytes end it too, and the end of its file.
         advance: told how many rows were read.
+        take: given each row and its position, if anything is.
 
     Returns:
         The units, in order; none for a corpus without rows.
@@ -71,6 +79,8 @@ def cut_units(
                 open_unit = None
             open_unit = open_unit or _Growing(position, raw.offset if raw.offset >= 0 else position - inside)
             open_unit.add(raw)
+            if take is not None:
+                take(position, raw)
             position += 1
             if position % _TOLD == 0:
                 advance(_TOLD)
@@ -154,14 +164,15 @@ def shard_units(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
 class UnitReader:
     """Reads units, best in the order of their numbers: what is open is read on."""
 
-    def __init__(self, corpus: CorpusOptions) -> None:
+    def __init__(self, corpus: CorpusOptions, duplicates: Path | None = None) -> None:
         """Find the corpus's files.
 
         Args:
             corpus: which rows.
+            duplicates: file of the rows that stand for others; None: every row stands for itself.
         """
-        check_columns(corpus.columns)
         self._corpus, self._files = corpus, find_files(corpus.path, corpus.format)
+        self._duplicates = Duplicates.load(duplicates) if duplicates else None
         self._rows: Iterator[RawRow] = iter(())
         self._file, self._next = -1, 0
 
@@ -194,6 +205,19 @@ class UnitReader:
             yield parse_row(raw, index, self._corpus.columns, self._corpus.max_row_bytes)
         if digest.hexdigest() != unit.digest:
             raise changed
+
+    def first(self, unit: Unit) -> np.ndarray:
+        """Say which row stands for each row of a unit.
+
+        Args:
+            unit: which.
+
+        Returns:
+            int64 [rows]; a row's own position where it stands for itself.
+        """
+        if self._duplicates is None:
+            return np.arange(unit.first, unit.first + unit.rows)
+        return self._duplicates.first(unit.first, unit.rows)
 
     def _seek(self, unit: Unit) -> None:
         file, ahead = self._files[unit.file], unit.first - self._next

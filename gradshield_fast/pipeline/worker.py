@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,7 @@ class Worker:
         self._reporter.stage("loading the model")
         model, tokenizer = load_model(**asdict(options.model))
         encoder = make_encoder(tokenizer, model.config, options)
-        self._encoding = stack.enter_context(Encoding(options.corpus, options.model, encoder, self._workers))
+        self._encoding = stack.enter_context(self._encoding_of(encoder))
         self._encoding.begin(self._units)
         prepared = folder.read(folder.prepared)
         if prepared is None or not folder.direction.exists():
@@ -142,6 +143,14 @@ class Worker:
         )
         self.scorer: Scorer = scorer
         self._engine = Engine(scorer, scoring, self._reporter, self._settle(prepared))
+
+    @property
+    def _duplicates(self) -> Path | None:
+        return self._folder.duplicates if self._options.scoring.dedupe else None
+
+    def _encoding_of(self, encoder: ChatEncoder) -> Encoding:
+        options = self._options
+        return Encoding(options.corpus, options.model, encoder, self._workers, self._duplicates)
 
     def score(self, unit: Unit, upcoming: Sequence[Unit] = ()) -> tuple[bytes, Timing]:
         """Score one unit.
@@ -222,7 +231,7 @@ class Worker:
 
     def _trial(self, encoder: ChatEncoder, known: int | None) -> tuple[list[int], int]:
         """Find the first row that can be scored, and the longest of its unit."""
-        reader = UnitReader(self._options.corpus)
+        reader = UnitReader(self._options.corpus, self._duplicates)
         for unit in self._manifest.units:
             rows = [row for row in encode_unit(unit, reader, encoder).rows() if row.usable and not beyond(row, known)]
             if rows:

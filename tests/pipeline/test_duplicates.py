@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradshield_fast.errors import InputError
-from gradshield_fast.pipeline import duplicates
-from gradshield_fast.pipeline.duplicates import Duplicates, Finder, turns_key
+from gradshield_fast.pipeline import duplicate_rows
+from gradshield_fast.pipeline.duplicate_rows import Duplicates, Finder, turns_key
 
 
 def turns(*texts: str) -> list[dict[str, str]]:
@@ -38,7 +38,7 @@ def expected(texts: list[str | None]) -> list[int]:
 @given(st.lists(st.one_of(st.none(), st.sampled_from("abcdefgh")), max_size=60), st.sampled_from([3, 16, 1 << 20]))
 def test_each_row_points_to_the_first_that_says_the_same(texts: list[str | None], held: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(duplicates, "_HELD", held)
+        patch.setattr(duplicate_rows, "_HELD", held)
         import tempfile
 
         with tempfile.TemporaryDirectory() as folder:

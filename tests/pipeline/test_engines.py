@@ -65,7 +65,7 @@ def test_a_corpus_that_changes_under_the_run_is_noticed_in_a_worker_process(aske
     class Change(Reporter):
         def stage(self, title: str, total: int | None = None, unit: str = "rows", done: int = 0) -> None:
             if title == "loading the model":
-                path = asked.corpus.path
+                path = Path(asked.corpus.path)
                 path.write_bytes(path.read_bytes().replace(b"Question 41", b"Question 14"))
 
     for workers in (0, 1):
@@ -123,7 +123,7 @@ def test_a_shard_of_another_run_is_refused(asked: RunOptions, tmp_path: Path) ->
     with pytest.raises(InputError, match=r"scoring.max_length \(None there, 200 here\)"):
         run(replace(shard(asked, 2, 2, asked.out), scoring=replace(asked.scoring, max_length=200)))
     # same name, same size, another letter: a shard does not hash the whole corpus, but notices when it reads the row
-    asked.corpus.path.write_bytes(asked.corpus.path.read_bytes().replace(b"Question 9:", b"Question 8:"))
+    Path(asked.corpus.path).write_bytes(Path(asked.corpus.path).read_bytes().replace(b"Question 9:", b"Question 8:"))
     with pytest.raises(InputError, match="has changed since the run began"):
         run(shard(asked, 2, 2, asked.out))
 
@@ -227,7 +227,7 @@ if __name__ == "__main__":
     print(*encoding._pool._processes, flush=True)
     time.sleep(100)
 """
-    path = asked.corpus.path.with_name("parent.py")
+    path = Path(asked.corpus.path).with_name("parent.py")
     path.write_text(script)
     parent = subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None

@@ -24,7 +24,6 @@ from gradshield_fast.pipeline.options import (
     CutOptions,
     DirectionOptions,
     RunOptions,
-    ScoringOptions,
 )
 from gradshield_fast.pipeline.run import recut, run
 from gradshield_fast.pipeline.summary import summarize
@@ -54,7 +53,7 @@ def test_every_row_is_in_exactly_one_output_byte_for_byte(asked: RunOptions) -> 
     good = lines(row(number) for number in range(12)).splitlines()
     bad = list(BAD_LINES.values())
     mixed = [line for pair in zip(good, bad * 2, strict=False) for line in pair]
-    asked.corpus.path.write_bytes(b"\n".join(mixed) + b"\r\n\n")
+    Path(asked.corpus.path).write_bytes(b"\n".join(mixed) + b"\r\n\n")
     asked = replace(asked, corpus=replace(asked.corpus, max_row_bytes=4000))
     run(asked)
     kept, dropped = ((asked.out / f"{name}.jsonl").read_bytes().splitlines() for name in ("kept", "dropped"))
@@ -113,7 +112,9 @@ def test_a_part_that_was_lost_is_scored_again(asked: RunOptions) -> None:
 
 def test_scores_do_not_depend_on_batches(asked: RunOptions, tmp_path: Path) -> None:
     run(replace(asked, cut=None))
-    other = replace(asked, out=tmp_path / "other", scoring=ScoringOptions(batch_tokens=1, part_rows=50), cut=None)
+    other = replace(
+        asked, out=tmp_path / "other", scoring=replace(asked.scoring, batch_tokens=1, part_rows=50), cut=None
+    )
     run(other)
     a, b = read_parts(RunFolder(asked.out), 7), read_parts(RunFolder(other.out), 1)
     assert np.abs(a.fihs - b.fihs).max() <= 1e-4 * np.abs(a.fihs).max()
@@ -133,7 +134,7 @@ def test_scores_do_not_depend_on_batches(asked: RunOptions, tmp_path: Path) -> N
 def test_a_folder_of_another_run_is_refused(
     asked: RunOptions, change: Callable[[RunOptions], RunOptions], named: str
 ) -> None:
-    corpus(asked.corpus.path.parent / "other.jsonl", 9)
+    corpus(Path(asked.corpus.path).parent / "other.jsonl", 9)
     run(asked)
     before = files(asked.out)
     with pytest.raises(InputError) as caught:
@@ -156,7 +157,7 @@ def test_a_run_that_failed_before_it_scored_gives_way(asked: RunOptions, monkeyp
 def test_a_corpus_that_moved_is_the_same_run(asked: RunOptions, tmp_path: Path) -> None:
     run(replace(asked, cut=None))
     (tmp_path / "elsewhere").mkdir()
-    moved = asked.corpus.path.rename(tmp_path / "elsewhere" / asked.corpus.path.name)
+    moved = Path(asked.corpus.path).rename(tmp_path / "elsewhere" / Path(asked.corpus.path).name)
     run(replace(asked, corpus=CorpusOptions(moved)))
     assert summarize(asked.out).record["request"]["corpus"]["path"] == str(moved)
 

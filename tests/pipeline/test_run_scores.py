@@ -65,7 +65,7 @@ def test_stacked_directions_have_a_column_each(asked: RunOptions, direction: Pat
 def test_the_threshold_can_be_drawn_anew_and_the_corpus_may_have_moved(asked: RunOptions, tmp_path: Path) -> None:
     run(replace(asked, cut=None))
     (tmp_path / "elsewhere").mkdir()
-    moved = asked.corpus.path.rename(tmp_path / "elsewhere" / asked.corpus.path.name)
+    moved = Path(asked.corpus.path).rename(tmp_path / "elsewhere" / Path(asked.corpus.path).name)
     with pytest.raises(InputError, match="not found"):
         recut(asked.out, CutOptions())
     recut(asked.out, CutOptions(value=-1e30), moved)
@@ -150,7 +150,7 @@ def test_a_model_with_a_nan_weight_is_one_line(asked: RunOptions, nan_model: Pat
 
 
 def test_a_corpus_without_one_good_row_keeps_none(asked: RunOptions) -> None:
-    asked.corpus.path.write_bytes(b"\n".join(BAD_LINES[name] for name in ("bad_json", "bad_row", "no_response")))
+    Path(asked.corpus.path).write_bytes(b"\n".join(BAD_LINES[name] for name in ("bad_json", "bad_row", "no_response")))
     run(asked)
     assert (asked.out / "kept.jsonl").read_bytes() == (asked.out / "dropped.jsonl").read_bytes() == b""
     assert len((asked.out / "unscored.jsonl").read_bytes().splitlines()) == 3
@@ -171,7 +171,7 @@ def test_more_scores_than_are_held_are_cut_by_a_histogram(asked: RunOptions, mon
 
 def test_rows_are_cut_to_the_context_and_not_beyond(asked: RunOptions) -> None:
     long = [{"prompt": "x " * 400, "response": "y"}, {"prompt": "x", "response": "y " * 400}]
-    asked.corpus.path.write_bytes(lines([*long, row(1)]))
+    Path(asked.corpus.path).write_bytes(lines([*long, row(1)]))
     run(asked)
     scores = read_parts(RunFolder(asked.out), 1)
     assert scores.status == ["no_response_after_truncation", "truncated", "ok"]
@@ -199,7 +199,7 @@ def test_direction_is_built_from_probes_compressed_and_kept(asked: RunOptions, t
 def test_a_score_that_would_mislead_stops_the_run(asked: RunOptions, tmp_path: Path) -> None:
     probes = tmp_path / "probes.json"
     probes.write_text(json.dumps({"prompts": ["x"], "refusals": ["I cannot."], "compliances": ["Sure, here is"]}))
-    build = DirectionOptions(probes=probes, rank=2)
+    build = DirectionOptions(probes=probes, score="refusal_logprob", rank=2)
     with pytest.raises(UnalignedModelError, match="refusal_margin"):
         run(replace(asked, direction=build))
     allowed = replace(asked, out=tmp_path / "allowed", direction=replace(build, allow_unaligned=True))

@@ -73,7 +73,7 @@ def test_every_row_is_in_one_unit_in_whatever_order_they_are_read(corpus: Corpus
     units = units_of(corpus, part_rows)
     assert all(unit.rows <= part_rows for unit in units)
     assert unpack_units(pack_units(units), len(expected)) == units
-    names = [file.path.name for file in find_files(corpus.path)]
+    names = [file.name for file in find_files(corpus.path)]
     for order in (units, units[::-1], units[1::2] + units[::2], units[1:] + units[:1]):
         reader = UnitReader(corpus)
         found = {unit.number: list(reader.rows(unit)) for unit in order}
