@@ -8,7 +8,7 @@ units.py           ranges of rows: cut, read from where they begin, dealt to sha
 duplicate_rows.py  rows that say the same, found before anything is scored
 encoding.py        units -> tokens, ahead of the scorer
 engine.py          tokens -> scores
-worker.py          a model, a direction and a scorer that make units into parts; all workers agree on what the first wrote
+worker.py          a model, a direction and a scorer: units -> parts; all agree on what the first one wrote
 ray_engine.py      workers on the machines of a Ray cluster
 parts.py           the scores of a unit, in one Parquet file
 duplicates.py      the scores of rows that repeat others
