@@ -154,7 +154,7 @@ class _Crew:
         # one alone at first: it makes what the others are to share
         self._add()
         begun = False
-        while self._pending:
+        while self._left or any(member.doing for member in self._pending.values()):
             ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=_LOOK_SECONDS)
             for reference in ready:
                 member = self._pending.pop(reference)
@@ -163,7 +163,7 @@ class _Crew:
                 except ray.exceptions.RayTaskError as error:
                     raise _own(error) from error
                 except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
-                    self._replace(member, error)
+                    self._take_back(member, error)
                     continue
                 member.doing = None
                 if result is None:
@@ -175,8 +175,12 @@ class _Crew:
                     task.reporter.advance(timing.rows, timing.tokens)
                     yield content, timing
                 self._give(member)
-            while begun and self._left and len(self._pending) < self._room():
+            # one at least, which Ray starts once there is room; one alone until the first has begun
+            wanted = max(1, min(self._room(), len(self._left))) if begun else 1
+            while self._left and len(self._pending) < wanted:
                 self._add()
+        for member in self._pending.values():
+            ray.kill(member.handle)
 
     def _add(self) -> None:
         actor = self._ray.remote(**self._needs)(Actor)
@@ -196,8 +200,8 @@ class _Crew:
             member.next.append(self._left.popleft())
         self._pending[member.handle.score.remote(member.doing, list(member.next))] = member
 
-    def _replace(self, member: _Member, error: Exception) -> None:
-        """Take back the units of an actor that was lost, and look for another one."""
+    def _take_back(self, member: _Member, error: Exception) -> None:
+        """Take back the units of an actor that was lost."""
         if member.doing is None:
             key, what = -1, "an actor was lost while it loaded the model"
         else:
@@ -209,7 +213,6 @@ class _Crew:
         if self._lost[key] >= LOSSES:
             raise ScoringError(f"{what} {LOSSES} times: {reason}; run the same command again to go on")
         self._task.reporter.note(f"{what}; it is handed out again ({reason})")
-        self._add()
 
 
 def _own(error: Any) -> BaseException:

@@ -33,7 +33,10 @@ def cluster() -> Iterator[Any]:
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    # a lost machine is noticed after a second, not after half a minute
+    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 2}
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": quick}
+    made = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(2):
             made.add_node(num_cpus=1)
@@ -75,7 +78,6 @@ class Disturb(Reporter):
         self.notes.append(text)
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 4, reason="Ray takes minutes to notice a lost machine on under four cores")
 def test_a_cluster_that_loses_an_actor_and_a_machine_leaves_the_same_bytes(
     cluster: Any, asked: RunOptions, tmp_path: Path
 ) -> None:
