@@ -93,7 +93,7 @@ def run_status(out: str | Path) -> Status:
         parts=len(manifest.units),
         parts_done=len(done),
         rows_per_second=round(sum(session["rows"] / session["seconds"] for session in timed), 3),
-        seconds_left=round(left / pace, 1) if pace and left else 0.0 if not left else None,
+        seconds_left=round(left / pace, 3) if pace and left else 0.0 if not left else None,
         sessions=[{key: session[key] for key in keep if key in session} for session in sessions],
     )
 
