@@ -1,10 +1,12 @@
 """Stop a run again and again, by whatever, go on each time, and see that its files are those of an undisturbed run.
 
-Some stops come at a random moment as SIGKILL, SIGTERM or SIGINT; the others are SIGKILL at a chosen moment, just before
-or just after a call that flushes, renames or links a file: a part, the manifest, the record, an output. A run that
-comes to its end before enough stops is followed by another in a new folder. A tiny random model, on the CPU.
+    python benchmarks/interrupts.py --stops 30 --workers 2    # SIGKILL, SIGTERM and SIGINT at random moments
+    python benchmarks/interrupts.py --every 1 --rows 9        # SIGKILL around every call that makes a file last
 
-    python benchmarks/interrupts.py --stops 30 --workers 0
+Random stops follow on one another in one folder until the run ends; then comes a new folder. The moments of `--every`
+are those of fsync, rename, link and unlink, of the manifest, the parts, the record and the outputs, each in a folder of
+its own; what is there after such a stop must already be as it will be in the end. The model is tiny and random, on the
+CPU. Runs are forks of this process, which has imported everything and begun nothing.
 """
 
 from __future__ import annotations
@@ -13,41 +15,21 @@ import argparse
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-
-import record
+from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
-COMMITS = ("fsync", "replace", "link")
-SIGNALS = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130}
-CHILD = """
-import os, signal, sys
-left, after = int(sys.argv.pop(1)), sys.argv.pop(1) == "after"
-def stopping(call):
-    def inner(*args, **options):
-        global left
-        left -= 1
-        if left == 0 and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        out = call(*args, **options)
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return out
-    return inner
-if __name__ == "__main__":
-    for name in ("fsync", "replace", "link"):
-        setattr(os, name, stopping(getattr(os, name)))
-    from gradshield_fast.cli import main
-    main()
-"""
+COMMITS = ("fsync", "replace", "link", "unlink")
+SIGNALS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
+MOST = 1000
 
 
-def prepare(home: Path, rows: int) -> list[str]:
+def prepare(home: Path, rows: int, workers: int) -> list[str]:
     """Make a model, a direction and a corpus; give the command that filters it, but for the folder."""
     import torch
     from tiny import corpus, save_tiny
@@ -57,98 +39,142 @@ def prepare(home: Path, rows: int) -> list[str]:
 
     save_tiny(home / "model")
     model, _ = load_model(str(home / "model"), device="cpu")
-    generator = torch.Generator().manual_seed(1)
-    tensors = {name: torch.randn(w.shape, generator=generator) for name, w in model.named_parameters()}
-    Direction(tensors).save(home / "d.safetensors")
+    Direction({"lm_head.weight": torch.ones_like(model.get_parameter("lm_head.weight"))}).save(home / "d.safetensors")
     corpus(home / "rows.jsonl", rows)
-    command = ["filter", home / "rows.jsonl", "--model", home / "model", "--device", "cpu", "--part-rows", 16]
-    command += ["--batch-tokens", 512, "--direction", home / "d.safetensors", "--threads", 1]
+    command = ["filter", home / "rows.jsonl", "--model", home / "model", "--direction", home / "d.safetensors"]
+    command += ["--device", "cpu", "--part-rows", 4, "--batch-tokens", 512, "--threads", 1, "--workers", workers]
     return [str(word) for word in command]
 
 
+def fork(command: list[str], out: Path, moment: int = 0) -> int:
+    """Start a run in a fork, which is killed at a moment, or never for 0; give its number."""
+    pid = os.fork()
+    if pid:
+        return pid
+    from gradshield_fast.cli import main
+
+    if moment:
+        left = [moment]
+        for name in COMMITS:
+            setattr(os, name, _killing(left, getattr(os, name)))
+    for stream in (1, 2):
+        os.dup2(os.open(out.parent / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    try:
+        main([*command, "--out", str(out)])
+    except SystemExit as end:
+        os._exit(int(end.code or 0))
+    finally:
+        os._exit(99)
+
+
+def _killing(left: list[int], call: Callable[..., Any]) -> Callable[..., Any]:
+    def inner(*args: Any, **options: Any) -> Any:
+        _count(left)
+        out = call(*args, **options)
+        _count(left)
+        return out
+
+    return inner
+
+
+def _count(left: list[int]) -> None:
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ended(pid: int) -> int:
+    """Wait for a run; give its exit code, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 def outcome(folder: Path) -> dict[str, bytes]:
-    """Give the files that must not depend on what happened."""
-    paths = [*folder.glob("*.jsonl"), *folder.glob("scores/*"), folder / "threshold.json", folder / "manifest.json"]
+    """Give the files that must not depend on what happened: all but the locks and the records of what happened."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
+    paths = [path for path in paths if path.parent.name != "sessions" and path.name != "run.json"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def finish(command: list[str], out: Path) -> float:
-    """Run a command to its end."""
-    begun = time.perf_counter()
-    arguments = [sys.executable, "-m", "gradshield_fast", *command, "--out", str(out)]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"the run failed: {done.stderr}")
-    return time.perf_counter() - begun
+def finish(command: list[str], out: Path, whole: dict[str, bytes]) -> None:
+    """Let a run come to its end, and compare."""
+    code, found = ended(fork(command, out)), outcome(out)
+    differ = sorted(name for name in whole.keys() | found.keys() if whole.get(name) != found.get(name))
+    if code or differ:
+        log = (out.parent / "log").read_text()[-2000:]
+        raise SystemExit(f"{out.name}: exit code {code}; other files than undisturbed: {differ}\n{log}")
 
 
-def stop_once(command: list[str], out: Path, chance: random.Random, seconds: float, child: Path) -> tuple[str, bool]:
-    """Start the run and stop it; say how, and whether it was still at work."""
-    words = [*command, "--out", str(out)]
-    if chance.random() < 0.5:
-        at, side = chance.randrange(1, 190), chance.choice(["before", "after"])
-        arguments = [sys.executable, str(child), str(at), side, *words]
-        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
-        _, err = process.communicate()
-        how, expected = f"SIGKILL {side} commit {at}", -9
-    else:
-        name = chance.choice(list(SIGNALS))
-        arguments = [sys.executable, "-m", "gradshield_fast", *words]
-        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
-        delay = chance.uniform(0.3, 1.0) * seconds
-        try:
-            _, err = process.communicate(timeout=delay)
-        except subprocess.TimeoutExpired:
-            process.send_signal(getattr(signal, name))
-            _, err = process.communicate()
-        how, expected = f"{name} after {delay:.1f} s", SIGNALS[name]
-    # a signal before Python has set its handlers ends it in the system's way
-    natural = {expected, -signal.SIGTERM, -signal.SIGINT} if expected != -9 else {expected}
-    if process.returncode not in natural | {0}:
-        raise SystemExit(f"{how}: ended with {process.returncode}: {err.decode()}")
-    return how, process.returncode != 0
+def stop_at_random(command: list[str], home: Path, whole: dict[str, bytes], stops: int, seconds: float) -> list[str]:
+    """Stop a run at random moments, as often as asked for."""
+    chance, done, folders = random.Random(0), [], 0
+    while len(done) < stops:
+        out = home / f"run-{folders}"
+        folders += 1
+        while len(done) < stops:
+            number, delay = chance.choice(list(SIGNALS)), chance.uniform(0.02, 1.1) * seconds
+            pid = fork(command, out)
+            time.sleep(delay)
+            os.kill(pid, number)
+            code = ended(pid)
+            if code == 0:
+                break
+            # before Python's own handlers are set, the system's way to end is the right one as well
+            if code not in (SIGNALS[number], -number):
+                raise SystemExit(f"{number.name} after {delay:.2f} s: ended with {code}")
+            done.append(f"{number.name} {delay:.2f} s")
+            print(f"{len(done):3d} {out.name} {done[-1]}", flush=True)
+        finish(command, out, whole)
+    print(f"{len(done)} stops in {folders} folders: every file is the undisturbed run's")
+    return done
+
+
+def stop_at_every(command: list[str], home: Path, whole: dict[str, bytes], step: int) -> int:
+    """Kill a run at every moment in turn, or at every so many; say how many there are."""
+    for moment in range(1, MOST, step):
+        out = home / f"moment-{moment}"
+        code = ended(fork(command, out, moment))
+        if code == 0:
+            print(f"killed at every moment, or every {step}th, of {moment - 1}: every file is the undisturbed run's")
+            return moment - 1
+        there = outcome(out)
+        half = [name for name in there if not Path(name).name.startswith(".") and there[name] != whole[name]]
+        if code != -signal.SIGKILL or half:
+            raise SystemExit(f"moment {moment}: ended with {code}; not as it will be: {half}")
+        finish(command, out, whole)
+    raise SystemExit("more moments than expected")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stops", type=int, default=30)
-    parser.add_argument("--rows", type=int, default=800)
+    parser.add_argument("--stops", type=int, default=30, help="stops at random moments")
+    parser.add_argument("--every", type=int, help="instead: at every moment (1), or every so many")
+    parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", action="store_true", help="append the outcome to results/interrupts.jsonl")
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    chance = random.Random(options.seed)
+    os.environ["OMP_NUM_THREADS"], os.environ["TOKENIZERS_PARALLELISM"] = "1", "false"
+    # what every run imports, once
+    import pyarrow.parquet  # noqa: F401
+    import transformers.models.auto  # noqa: F401
+
+    import gradshield_fast.pipeline.worker  # noqa: F401
+    import gradshield_fast.scorer  # noqa: F401
+
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)
-        child = home / "child.py"
-        child.write_text(CHILD)
-        command = prepare(home, options.rows)
-        seconds = finish([*command, "--workers", "0"], home / "whole")
-        whole = outcome(home / "whole")
-        command += ["--workers", str(options.workers)]
-        stops: list[str] = []
-        folders = 0
-        while len(stops) < options.stops:
-            out = home / f"run-{folders}"
-            folders += 1
-            for _ in range(chance.randrange(1, 8)):
-                how, was_working = stop_once(command, out, chance, seconds, child)
-                if was_working:
-                    stops.append(how)
-                print(f"{len(stops):3d} {how}{'' if was_working else ': it had ended'}", flush=True)
-                if not was_working or len(stops) == options.stops:
-                    break
-            finish(command, out)
-            found = outcome(out)
-            differ = sorted(path for path in whole.keys() | found.keys() if whole.get(path) != found.get(path))
-            left = [path.name for path in out.rglob("*.tmp")]
-            if differ or left:
-                raise SystemExit(f"{out.name}: other files than undisturbed: {differ}; left behind: {left}")
-        print(f"{len(stops)} stops in {folders} folders: every file is the undisturbed run's")
-        if options.record:
-            line = {**record.surroundings(vars(options)), "stops": stops, "folders": folders, "different_files": 0}
-            print(record.append("interrupts", line))
+        command = prepare(home, options.rows, options.workers)
+        begun = time.perf_counter()
+        if ended(fork(command, home / "whole")):
+            raise SystemExit((home / "log").read_text())
+        seconds, whole = time.perf_counter() - begun, outcome(home / "whole")
+        if options.every:
+            out: dict[str, Any] = {"moments": stop_at_every(command, home, whole, options.every)}
+        else:
+            out = {"stops": stop_at_random(command, home, whole, options.stops, seconds)}
+    if options.record:
+        import record
+
+        print(record.append("interrupts", {**record.surroundings(vars(options)), **out, "different_files": 0}))
 
 
 if __name__ == "__main__":
