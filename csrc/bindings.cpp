@@ -12,6 +12,7 @@
 #include "embedding_dot/cpu.h"
 #include "ghost_dot/cpu.h"
 #include "ghost_dot_lowrank/cpu.h"
+#include "ghost_gram/cpu.h"
 #include "ghost_norm_sq/cpu.h"
 #include "ghost_project/cpu.h"
 #if defined(GSF_HEAD)
@@ -97,6 +98,15 @@ void ghost_inner(const std::array<Tensor, 2>& left, const std::array<Tensor, 2>&
   const gsf::Factor l[2] = {factor(left[0]), factor(left[1])}, r[2] = {factor(right[0]), factor(right[1])};
   gsf::ghost_inner(l, r, left[0] == left[1] && right[0] == right[1], spans.data(),
                    static_cast<int64_t>(spans.size()) / 2, pointer<float>(out), threads, isa_of(isa));
+}
+
+void ghost_gram(const std::array<Tensor, 2>& left, const Indices& left_bounds, const std::array<Tensor, 2>& right,
+                const Indices& right_bounds, int64_t out, int threads, int isa) {
+  const py::gil_scoped_release released;
+  const auto batch = [](const std::array<Tensor, 2>& x, const Indices& bounds) {
+    return gsf::Batch{matrix(x[0]), matrix(x[1]), bounds.data(), static_cast<int64_t>(bounds.size()) - 1};
+  };
+  gsf::ghost_gram(batch(left, left_bounds), batch(right, right_bounds), pointer<float>(out), threads, isa_of(isa));
 }
 
 // The address of the first element, and the strides of tokens and heads.
@@ -186,6 +196,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("scale_dot", &scale_dot);
   m.def("ghost_project", &ghost_project);
   m.def("ghost_inner", &ghost_inner);
+  m.def("ghost_gram", &ghost_gram);
   m.def("attention_isa", &attention_isa, py::arg("limit") = 3, "As `isa`, for attention; empty where none will do.");
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);

@@ -38,8 +38,8 @@ Packed pack(const Kernels& run, const Matrix& b, bool try_split, int threads, Bu
 }
 
 int useful_threads(int threads, int64_t multiply_adds) {
-  constexpr int64_t kWorthWaking = 1 << 21;  // tens of microseconds of work, what waking a thread costs
-  return static_cast<int>(most(1, least(threads, multiply_adds / kWorthWaking)));
+  constexpr int64_t kWorthWaking = 1 << 22;           // tens of microseconds of work, what waking threads costs
+  return multiply_adds < kWorthWaking ? 1 : threads;  // all or none: OpenMP ends threads that a smaller team leaves out
 }
 
 int64_t task_rows(const Kernels& run, const Packed& b, int64_t tokens) {

@@ -13,7 +13,7 @@ bool wants_split(const Kernels& run, const Matrix& x, int64_t cols);
 // exact, else as float32 panels.
 Packed pack(const Kernels& run, const Matrix& b, bool try_split, int threads, Buffer& store);
 
-// Threads worth waking for so many multiply-adds.
+// Threads worth waking for so many multiply-adds: one, or all.
 int useful_threads(int threads, int64_t multiply_adds);
 
 // Tokens of one task of a product: whole register blocks, and the same whatever the number of threads.

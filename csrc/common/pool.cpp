@@ -9,6 +9,10 @@
 #include <system_error>
 #include <thread>
 
+// OpenMP's own entry, which libgomp, libomp and libiomp5 all have; null where the program has loaded none of them.
+extern "C" __attribute__((weak)) void GOMP_parallel(void (*work)(void*), void* context, unsigned threads,
+                                                    unsigned flags);
+
 namespace gsf {
 namespace {
 
@@ -84,11 +88,16 @@ class Pool {
 
 // Never deleted: its threads wait in it until the process ends.
 std::atomic<Pool*> the_pool{nullptr};
+std::atomic<bool> forked{false};
+
+// A child of fork() has none of the threads, and perhaps a mutex that one of them held: it gets a new pool. OpenMP does
+// not notice a fork and would wait for its threads.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
+  the_pool.store(nullptr);
+  forked.store(true);
+});
 
 Pool& pool() {
-  // A child of fork() has none of the threads, and perhaps a mutex that one of them held: it gets a new pool.
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr); });
-  (void)registered;
   Pool* here = the_pool.load();
   if (here == nullptr) {
     Pool* fresh = new Pool;
@@ -101,8 +110,7 @@ Pool& pool() {
 }  // namespace
 
 void parallel_for(int threads, int64_t count, void (*task)(void*, int64_t), void* context) {
-  if (threads > count) threads = static_cast<int>(count);
-  if (threads <= 1) {
+  if (threads <= 1 || count <= 1) {
     for (int64_t i = 0; i < count; ++i) task(context, i);
     return;
   }
@@ -110,7 +118,11 @@ void parallel_for(int threads, int64_t count, void (*task)(void*, int64_t), void
   job.task = task;
   job.context = context;
   job.count = count;
-  pool().run(threads, job);
+  if (GOMP_parallel != nullptr && !forked.load()) {
+    GOMP_parallel([](void* of) { static_cast<Job*>(of)->work(); }, &job, static_cast<unsigned>(threads), 0);
+  } else {
+    pool().run(threads, job);
+  }
   if (job.failed.load()) throw std::bad_alloc();
 }
 

@@ -20,6 +20,7 @@ constexpr int kRows = 6;  // 6 rows x 1 panel of two registers fill 12 of 16
 #else
 constexpr int kRows = 3;
 #endif
+constexpr bool kTwoPanels = kRows == 12;  // whether a register block has two panels
 constexpr int64_t kDepth = 128;
 
 #if defined(__AVX512F__)
@@ -77,22 +78,28 @@ inline void pack(const Matrix& b, int64_t panel, int64_t panel_end, float* panel
   for (int64_t j = panel; j < panel_end; ++j) pack_block(b, j, 0, b.rows, panels + j * b.rows * kPanel);
 }
 
-// One register block: kRows rows of x times `Panels` panels over n steps of k. x[r][k * step] is row r's element.
+// One register block: kRows rows of x, kDepth floats apart, times `Panels` panels over n steps of k. One pointer for
+// all rows: a dozen of them would not fit the registers, and each would be loaded again at every step. Meanwhile kRows
+// rows from `ahead` on, `ahead_step` bytes apart, come into the cache, a line at each step; null: nothing more to come.
 template <int Panels>
-inline void block(const float* const (&x)[kRows], int64_t step, const float* const (&b)[2], int64_t n, int64_t rows,
-                  float* out, int64_t ld, bool first) {
+inline void block(const float* x, const float* const (&b)[2], int64_t n, int64_t rows, float* out, int64_t ld,
+                  bool first, const char* ahead, int64_t ahead_step) {
   Vec acc[kRows][Panels];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
     for (int p = 0; p < Panels; ++p) acc[r][p] = zero();
-  for (int64_t k = 0; k < n; ++k) {
+  for (int64_t k = 0, row = 0; k < n; ++k) {
+    if (ahead != nullptr) {
+      __builtin_prefetch(ahead + row * ahead_step);
+      if (++row == kRows) row = 0, ahead += 64;
+    }
     Vec right[Panels];
 #pragma GCC unroll 2
     for (int p = 0; p < Panels; ++p) right[p] = load(b[p] + k * kPanel);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const Vec left = set1(x[r][k * step]);
+      const Vec left = set1(x[r * kDepth + k]);
 #pragma GCC unroll 2
       for (int p = 0; p < Panels; ++p) acc[r][p] = fma(left, right[p], acc[r][p]);
     }
@@ -114,8 +121,7 @@ inline void clear(float* out, int64_t ld, int64_t rows, int64_t width) {
 
 inline void product(const Matrix& x, const Packed& b, int64_t first, int64_t last, int64_t panel, int64_t panel_end,
                     float* out, int64_t ld, float* scratch) {
-  const int64_t depth = x.cols;
-  const bool direct = x.dtype == DType::kFloat32 && x.col_stride == 1;
+  const int64_t depth = x.cols, step = x.row_stride * size_of(x.dtype);
   float* converted = scratch;                // [kRows][kDepth]
   float* packed = scratch + kRows * kDepth;  // [2][kDepth][16]
   static_assert(kRows * kDepth + 2 * kDepth * kPanel <= kScratchFloats, "the scratch holds both blocks");
@@ -123,18 +129,10 @@ inline void product(const Matrix& x, const Packed& b, int64_t first, int64_t las
   for (int64_t t = first; t < last; t += kRows) {
     const int64_t rows = least(kRows, last - t);
     for (int64_t k = 0; k < depth; k += kDepth) {
-      const int64_t n = least(kDepth, depth - k);
-      const float* left[kRows];
-      for (int64_t r = 0; r < kRows; ++r) {
-        if (r >= rows) {
-          left[r] = left[0];  // an idle row repeats the first: it reads nothing of its own, and is not stored
-        } else if (direct) {
-          left[r] = reinterpret_cast<const float*>(x.at(t + r, k));
-        } else {
-          convert(converted + r * kDepth, x.at(t + r, k), n, x.col_stride, x.dtype);
-          left[r] = converted + r * kDepth;
-        }
-      }
+      const int64_t n = least(kDepth, depth - k), next = k + n < depth ? t : t + kRows;
+      const bool more = x.col_stride == 1 && next + kRows <= last;
+      for (int64_t r = 0; r < rows; ++r) convert(converted + r * kDepth, x.at(t + r, k), n, x.col_stride, x.dtype);
+      clear(converted + rows * kDepth, kDepth, kRows - rows, n);  // idle rows: multiplied, not stored
       for (int64_t j = panel; j < panel_end; j += 2) {
         const int64_t width = least(2, panel_end - j);
         const float* right[2];
@@ -149,18 +147,15 @@ inline void product(const Matrix& x, const Packed& b, int64_t first, int64_t las
           }
         }
         float* to = out + (t - first) * ld + (j - panel) * kPanel;
-#if defined(__AVX512F__)
-        if (width == 2) {
-          block<2>(left, 1, right, n, rows, to, ld, k == 0);
+        const char* ahead = more && j == panel ? x.at(next, next == t ? k + n : 0) : nullptr;
+        if (kTwoPanels && width == 2) {
+          block<2>(converted, right, n, rows, to, ld, k == 0, ahead, step);
           continue;
         }
-        block<1>(left, 1, right, n, rows, to, ld, k == 0);
-#else
         for (int64_t p = 0; p < width; ++p) {
           const float* const one[2] = {right[p], right[p]};
-          block<1>(left, 1, one, n, rows, to + p * kPanel, ld, k == 0);
+          block<1>(converted, one, n, rows, to + p * kPanel, ld, k == 0, p == 0 ? ahead : nullptr, step);
         }
-#endif
       }
     }
   }

@@ -12,6 +12,7 @@
 #include "embedding_dot/cpu.h"
 #include "ghost_dot/cpu.h"
 #include "ghost_dot_lowrank/cpu.h"
+#include "ghost_gram/cpu.h"
 #include "ghost_norm_sq/cpu.h"
 #include "ghost_project/cpu.h"
 #include "scale_dot/cpu.h"
@@ -128,6 +129,9 @@ void examples(Isa isa, int64_t tokens, int64_t d_in, int64_t d_out, DType dtype,
   const gsf::Factor left[2] = {{g.matrix, nullptr}, {g.matrix, nullptr}};
   const gsf::Factor right[2] = {{a.matrix, nullptr}, {a.matrix, nullptr}};
   gsf::ghost_inner(left, right, true, spans.data(), 3, norm.data(), threads, isa);
+  std::vector<float> gram(9, NAN);
+  const gsf::Batch batch = {a.matrix, g.matrix, bounds.data(), 3};
+  gsf::ghost_gram(batch, batch, gram.data(), threads, isa);
   for (size_t n = 0; n < 3; ++n) {
     double square = 0, size = 0;
     std::vector<double> truth(15), scale(15);
@@ -147,6 +151,7 @@ void examples(Isa isa, int64_t tokens, int64_t d_in, int64_t d_out, DType dtype,
           }
       }
     check("ghost_norm_sq", isa, norm[n], square, size);
+    check("ghost_gram", isa, gram[4 * n], square, size);
     for (size_t x = 0; x < 15; ++x) check("ghost_project", isa, projected[15 * n + x], truth[x], scale[x]);
   }
 }

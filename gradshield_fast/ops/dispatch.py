@@ -2,7 +2,8 @@
 
 A room's module has the op's functions, `why_not(*inputs)`, which says why it cannot run (None: it can), and, where it
 can run without being worth it, `not_for_auto(*inputs)`, which says why `auto` should pass it by. On a GPU `auto` times
-those that are left, once for a class of shapes (measured.py).
+those that are left, once for a class of shapes (measured.py); on a CPU it does so where a module's `contested(*inputs)`
+says that one processor's answer was not another's.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def _auto(op: str, room: Mapping[str, ModuleType], function: str, inputs: Sequen
     if choice is not None and choice in room and room[choice].why_not(*inputs) is None:
         return choice
     device = next((x.device for x in inputs if x is not None), None)
-    races = device is not None and device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    races = device is not None and _races(room, device, inputs)
     worth, able = [], []
     for name, module in room.items():
         if module.why_not(*inputs) is None:
@@ -94,9 +95,22 @@ def _auto(op: str, room: Mapping[str, ModuleType], function: str, inputs: Sequen
     if len(worth) < 2 or device is None:
         return (worth or able)[0]
     calls = {name: partial(getattr(room[name], function), *args) for name in worth}
+    if device.type == "cpu":
+        clock = measured.cpu_milliseconds
+        return measured.fastest(f"{op}.{function}", measured.processor(), inputs, calls, clock, alike=worth[:1])
     with torch.cuda.device(device):
         about = torch.cuda.get_device_name(device)
         return measured.fastest(f"{op}.{function}", about, inputs, calls, measured.gpu_milliseconds)
+
+
+def _races(room: Mapping[str, ModuleType], device: torch.device, inputs: Sequence[Any]) -> bool:
+    if device.type == "cuda":
+        return not torch.cuda.is_current_stream_capturing()
+    return any(
+        module.contested(*inputs)
+        for module in room.values()
+        if hasattr(module, "contested") and module.why_not(*inputs) is None
+    )
 
 
 def why_not(op: str, backend: str, *inputs: Any) -> str | None:

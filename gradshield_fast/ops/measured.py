@@ -1,15 +1,18 @@
 """Which backend, or tiling of a kernel, was fastest: measured once for a device and a class of shapes, kept on disk.
 
-Only on a GPU do `auto` and the Triton kernels ask here. On a CPU the order of a room and its modules' `not_for_auto`
-decide. What one process has kept counts for all that share the file, until it is cleared: two runs give the same bits.
+On a GPU `auto` and the Triton kernels ask here. On a CPU the order of a room and its modules' `not_for_auto` decide,
+except where `contested` says that processors differ: there `auto` asks too. What one process has kept counts for all
+that share the file, until it is cleared: two runs give the same bits.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import statistics
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -224,6 +227,34 @@ def gpu_milliseconds(call: Callable[[], Any]) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
+
+
+def cpu_milliseconds(call: Callable[[], Any]) -> float:
+    """Time one call on the CPU.
+
+    Args:
+        call: what to run.
+
+    Returns:
+        Milliseconds on the wall.
+    """
+    begun = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - begun)
+
+
+@cache
+def processor() -> str:
+    """Name this machine's processor; not its number of threads, with which an answer, and so bits, would change.
+
+    Returns:
+        The model's name where the system tells it, and the instruction set that torch found.
+    """
+    name = platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _versions() -> dict[str, str]:

@@ -62,6 +62,30 @@ def test_auto_takes_what_a_person_prefers_where_it_can_run(
     assert pick("auto") is room["native"]
 
 
+def test_auto_times_on_a_cpu_what_processors_differ_in(
+    room: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(measured, "cpu_milliseconds", lambda call: {"native": 2.0, "reference": 1.0}[call()])
+    contested = [False]
+    room |= {name: module() for name in ("native", "reference")}
+    room["native"].contested = lambda *inputs: contested[0]
+    for name in room:
+        room[name].an_op = lambda *inputs, name=name: name
+    a = torch.zeros(3, 2)
+
+    def auto() -> str:
+        return dispatch.run("an_op", "auto", "an_op", (a,), a)
+
+    assert auto() == "native"
+    assert measured.measurements() == {}
+    contested[0] = True
+    assert auto() == "reference"
+    assert list(measured.measurements()) == [f"an_op.an_op | {measured.processor()} | float32[4,2]"]
+    room["native"].why_not = lambda *inputs: "no extension"
+    assert auto() == "reference"
+
+
 def test_a_named_backend_that_cannot_run_says_why(room: dict[str, Any]) -> None:
     room |= {"triton": module("needs d_in % 8 == 0, got 33"), "reference": module()}
     with pytest.raises(BackendUnavailable, match="an_op: backend 'triton' cannot run these inputs: needs d_in % 8"):

@@ -34,12 +34,30 @@ def not_for_auto(*inputs: torch.Tensor) -> str | None:
     if not here:
         return reason
     # measured: OMP_NUM_THREADS=1 gradshield-fast bench --op ghost_dot_lowrank --isa {avx2,avx512,amx}
-    x, ranks = (inputs[0], inputs[1].shape[-1]) if len(inputs) == 2 else (inputs[1], inputs[0].shape[-1])
-    if x.dtype == torch.float32:
+    x, ranks = _product(*inputs)
+    if x.dtype == torch.float32 and not contested(*inputs):
         return "float32 is as fast by torch's product"
     if native.at_least("avx512") or (native.at_least("avx2") and x.numel() >= 1 << 19 and ranks <= 32):
         return None
     return "not faster than torch's product with this instruction set"
+
+
+def contested(*inputs: torch.Tensor) -> bool:
+    """Say whether `auto` should time this backend against the others.
+
+    Args:
+        inputs: a and q, or z, g and p.
+
+    Returns:
+        Whether it should.
+    """
+    x, ranks = _product(*inputs)
+    return x.dtype == torch.float32 and native.contested(x.numel() * ranks)
+
+
+def _product(*inputs: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The long factor, and the columns of the other."""
+    return (inputs[0], inputs[1].shape[-1]) if len(inputs) == 2 else (inputs[1], inputs[0].shape[-1])
 
 
 def lowrank_project(

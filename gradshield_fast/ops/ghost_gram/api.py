@@ -6,10 +6,10 @@ import torch
 
 from gradshield_fast.errors import InputError
 from gradshield_fast.ops import checks, dispatch, library
-from gradshield_fast.ops.ghost_gram import kernel_triton, reference
+from gradshield_fast.ops.ghost_gram import kernel_native, kernel_triton, reference
 
 OP = "ghost_gram"
-BACKENDS = dispatch.register(OP, {"triton": kernel_triton, "reference": reference})
+BACKENDS = dispatch.register(OP, {"native": kernel_native, "triton": kernel_triton, "reference": reference})
 
 
 def _run(

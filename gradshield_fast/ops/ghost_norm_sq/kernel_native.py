@@ -49,10 +49,25 @@ def not_for_auto(*inputs: torch.Tensor) -> str | None:
     if not native.at_least("avx512"):
         return "not faster than torch's products with this instruction set"
     # and, at two threads: python benchmarks/ops/run.py --device cpu
+    if contested(*inputs):
+        return None
     if any(x.dtype == torch.float32 and x.ndim == 2 and x.shape[1] > WIDEST_FLOAT32 for x in inputs):
         return "torch's float32 product is faster for rows so wide"
     wide = any(x.ndim == 2 and x.dtype != torch.bfloat16 and x.shape[1] > WIDEST for x in inputs)
     return "torch's float32 product is as fast for rows so wide" if wide else None
+
+
+def contested(*inputs: torch.Tensor) -> bool:
+    """Say whether `auto` should time this backend against the others: where a factor of few tokens is wide.
+
+    Args:
+        inputs: left1, right1, left2 and right2.
+
+    Returns:
+        Whether it should.
+    """
+    wide = [x for x in inputs if x.ndim == 2 and x.dtype == torch.float32 and x.shape[1] > WIDEST_FLOAT32]
+    return any(native.contested(x.numel() * x.shape[0]) for x in wide)
 
 
 def ghost_inner(

@@ -35,11 +35,24 @@ def not_for_auto(*inputs: torch.Tensor) -> str | None:
         return reason
     # measured: OMP_NUM_THREADS=1 gradshield-fast bench --op ghost_project --isa {avx2,avx512,amx}
     # and, at two threads: python benchmarks/ops/run.py --device cpu
-    if inputs[0].dtype == torch.float32:
+    if inputs[0].dtype == torch.float32 and not contested(*inputs):
         return "float32 is as fast by torch's product"
     if native.at_least("avx2"):
         return None
     return "not faster than torch's products with this instruction set"
+
+
+def contested(*inputs: torch.Tensor) -> bool:
+    """Say whether `auto` should time this backend against the others.
+
+    Args:
+        inputs: a, g, p_in and p_out.
+
+    Returns:
+        Whether it should.
+    """
+    a, g, p_in, p_out = inputs
+    return a.dtype == torch.float32 and native.contested(a.numel() * p_in.shape[1] + g.numel() * p_out.shape[1])
 
 
 def ghost_project(

@@ -16,6 +16,8 @@ from gradshield_fast.ops.ghost_dot import kernel_native as dense_native
 from gradshield_fast.ops.ghost_dot import reference as dense_reference
 from gradshield_fast.ops.ghost_dot_lowrank import kernel_native as lowrank_native
 from gradshield_fast.ops.ghost_dot_lowrank import reference as lowrank_reference
+from gradshield_fast.ops.ghost_gram import kernel_native as gram_native
+from gradshield_fast.ops.ghost_gram import reference as gram_reference
 from gradshield_fast.ops.ghost_norm_sq import kernel_native as norm_native
 from gradshield_fast.ops.ghost_norm_sq import reference as norm_reference
 from gradshield_fast.ops.ghost_project import kernel_native as project_native
@@ -95,6 +97,7 @@ def calls(size: Size, dtype: torch.dtype, *, direction: torch.dtype = torch.floa
         Call(*scale, (other, g, scales)),
         Call(*scale, (None, g, scales)),
         Call(project_native, project_reference, "ghost_project", (a, g, q, p, cu)),
+        Call(gram_native, gram_reference, "ghost_gram", (a, g, cu, turned, other, cu)),
         Call(*norm, "ghost_inner", (g, a, g, a, cu)),
         Call(*norm, "ghost_inner", (g, a, other, turned, cu)),
         Call(*norm, "ghost_inner", (ids, a, ids, a, cu)),

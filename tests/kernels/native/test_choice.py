@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gradshield_fast.errors import BackendUnavailable
-from gradshield_fast.ops import dispatch, ghost_dot_lowrank, native
+from gradshield_fast.ops import dispatch, ghost_dot, ghost_dot_lowrank, ghost_project, measured, native, scale_dot
 from gradshield_fast.ops.ghost_dot_lowrank import kernel_native, lowrank_project
 from tests.kernels.native.calls import needs_native
 
@@ -24,6 +25,26 @@ def test_auto_takes_the_native_kernels_where_they_were_measured_faster() -> None
     assert ran(torch.bfloat16, "auto") == {"native"}
     assert ran(torch.float32, "auto") == {"reference"}
     assert ran(torch.float32, "native") == {"native"}
+
+
+@needs_native
+@pytest.mark.skipif(not native.at_least("avx512"), reason="needs AVX-512: below it the rules decide")
+@pytest.mark.parametrize("slow", ["native", "reference"])
+def test_auto_takes_the_faster_one_for_a_long_float32_product(
+    slow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(measured, "cpu_milliseconds", lambda call: float(call.func.__module__.endswith(slow)))
+    a, g = torch.randn(1024, 512), torch.randn(1024, 512)
+    p, norm = torch.randn(512, 16), torch.randn(9, 512)
+    cu = torch.tensor([0, 1024], dtype=torch.int32)
+    with dispatch.record() as seen:
+        ghost_dot_lowrank(a, g, p, p, cu)
+        ghost_project(a, g, p, p, cu)
+        scale_dot(a, g, norm, cu)
+        if not native.at_least("amx"):
+            ghost_dot(a, g, torch.randn(512, 512), cu)
+    assert {name for names in seen.values() for name in names} == {"native", "reference"} - {slow}
 
 
 def test_float64_runs_on_the_reference() -> None:

@@ -23,13 +23,15 @@ from gradshield_fast.ops.ghost_dot_lowrank.kernel_native import lowrank_project
 
 warnings.simplefilter("ignore")  # newer Pythons warn of fork() beside threads, which is what is tested
 a, q = torch.randn(2048, 512), torch.randn(512, 16)
-before = lowrank_project(a, q, threads=3)
+before = {before}
 child = os.fork()
 if child == 0:
     os._exit(0 if torch.equal(before, lowrank_project(a, q, threads=3)) else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert torch.equal(before, lowrank_project(a, q, threads=3))
 """
+ALONE, TEAM = "lowrank_project(a, q, threads=1); torch.set_num_threads(3); a @ q", "lowrank_project(a, q, threads=3)"
+
 
 WITHOUT = """
 import sys
@@ -58,8 +60,9 @@ def run(code: str) -> None:
 
 
 @needs_native
-def test_a_forked_child_has_threads_of_its_own() -> None:
-    run(FORK)
+@pytest.mark.parametrize("before", [ALONE, TEAM], ids=["torch alone had threads", "both had"])
+def test_a_forked_child_has_threads_of_its_own(before: str) -> None:
+    run(FORK.format(before=before))
 
 
 def test_without_the_extension_the_reference_runs_and_the_reason_is_given() -> None:

@@ -45,8 +45,8 @@ MATRIX_INSTRUCTION = {
     "gfx942": "v_mfma",
 }
 SPILLS = {"sm_89": 8, "sm_120": 16}
-"""Bytes that may be spilled: a few small tilings of mixed types do, of a thread's 1020 bytes of registers, and a smaller
-tile would read its operands more often. Every other target holds all in registers."""
+"""Bytes that may be spilled: a few small tilings of mixed types do, of a thread's 1020 bytes of registers, and a
+smaller tile would read its operands more often. Every other target holds all in registers."""
 FALLBACK = {"sm_90": "mma.sync", "sm_100": "mma.sync"}
 SHARED_LIMIT = {
     "sm_80": 163 * 1024,
