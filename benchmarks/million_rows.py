@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that encode ahead of the scorer")
     parser.add_argument("--threads", type=int, default=1, help="threads of the scorer")
     parser.add_argument("--batch-tokens", type=int, default=8192)
+    parser.add_argument("--normalize", default="none", help="cosine: with gradient norms, which are the model's work")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", action="store_true", help="add a line to benchmarks/results/million_rows.jsonl")
     options = parser.parse_args()
@@ -154,6 +155,7 @@ def main() -> None:
         command += [str(home / "run"), "--model", str(home / "model"), "--device", "cpu", "--log-json"]
         command += ["--direction", str(home / "model" / "d.safetensors"), "--batch-tokens", str(options.batch_tokens)]
         command += ["--workers", str(options.workers), "--threads", str(options.threads)]
+        command += ["--normalize", options.normalize]
         seconds, peak, steps = timed(command)
         run = json.loads((home / "run" / "run.json").read_text())
         counts = run["counts"]

@@ -28,8 +28,11 @@ from gradshield_fast.chat_spans import (
 )
 from gradshield_fast.chat_template import PINNED_DATE, choose_template, pin_date, turn_ends
 from gradshield_fast.errors import InputError
+from gradshield_fast.time_limit import TimeIsUp, time_limit
 
 IGNORE = -100
+ROW_SECONDS = 10.0
+"""How long the template may take over a row: it is a program, and may loop."""
 
 # A row is cut to `max_length` tokens, so a huge one is tokenised only as far as that takes. The margin keeps the end of
 # what was tokenised, where a word may be cut in two, away from the tokens that count.
@@ -129,8 +132,11 @@ class ChatEncoder:
         if not any(message.get("role") == "assistant" for message in messages):
             return _failed("no_response", "the row has no assistant turn, so there is nothing to learn from it")
         try:
-            text, messages, notes = self._rendered(messages)
-            spans, more_notes = self._spans(messages, text)
+            with time_limit(ROW_SECONDS):
+                text, messages, notes = self._rendered(messages)
+                spans, more_notes = self._spans(messages, text)
+        except TimeIsUp:
+            return _failed("template_error", f"the chat template took longer than {ROW_SECONDS:g} s")
         except Exception as error:
             return _failed("template_error", f"the chat template failed: {_one_line(error)}")
         try:
@@ -169,7 +175,12 @@ class ChatEncoder:
     def _obeys_generation_prompt(self) -> bool:
         question = [{"role": "user", "content": "x"}]
         try:
-            return self._render(question, add_generation_prompt=True) != self._render(question)
+            with time_limit(ROW_SECONDS):
+                return self._render(question, add_generation_prompt=True) != self._render(question)
+        except TimeIsUp:
+            raise InputError(
+                f"the chat template ({self.template_kind}) took longer than {ROW_SECONDS:g} s over a turn of one letter"
+            ) from None
         except ImportError as error:
             raise InputError(
                 f"chat templates need jinja2: {_one_line(error)}; install it with: pip install jinja2"

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from gradshield_fast import cli_options as o
 from gradshield_fast.cli_folder import TOP_ROWS, folder_commands, show_run
+from gradshield_fast.cli_plan import plan_commands
 from gradshield_fast.console import (
     DONE,
     INTERRUPTED,
@@ -255,6 +256,7 @@ def build_direction(
 
 
 app.add_typer(folder_commands)
+app.add_typer(plan_commands)
 
 
 @app.command("demo")

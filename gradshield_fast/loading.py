@@ -10,6 +10,7 @@ import contextlib
 import io
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +118,30 @@ def context_length(config: Any) -> int | None:
     return None
 
 
-def count_parameters(config: Any) -> int | None:
+@dataclass(frozen=True)
+class Products:
+    """What a model's matrix products are made with.
+
+    Attributes:
+        parameters: values in all weights, tied ones once.
+        blocks: values in the linear layers that every token goes through.
+        head: values in the linear layer behind the last one.
+    """
+
+    parameters: int
+    blocks: int
+    head: int
+
+
+def count_products(config: Any) -> Products | None:
     """Count a model's weights without making them.
 
     Args:
         config: the model's config.
 
     Returns:
-        The number of values in its weights, tied ones once; None where transformers has no class for the config.
+        The counts; None where transformers has no class for the config. Layers that are no `torch.nn.Linear`, such as
+        experts kept as one weight, are among the parameters alone.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -134,7 +151,23 @@ def count_parameters(config: Any) -> int | None:
             model = AutoModelForCausalLM.from_config(config)
     except Exception:  # a class of the checkpoint's own, or one that cannot be built on `meta`
         return None
-    return sum(weight.numel() for weight in model.parameters())
+    head = model.get_output_embeddings()
+    linear = [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    whole = sum(weight.numel() for weight in model.parameters())
+    return Products(whole, sum(linear), 0 if head is None else head.weight.numel())
+
+
+def count_parameters(config: Any) -> int | None:
+    """Count a model's weights without making them.
+
+    Args:
+        config: the model's config.
+
+    Returns:
+        The number of values in its weights, tied ones once; None where transformers has no class for the config.
+    """
+    counted = count_products(config)
+    return None if counted is None else counted.parameters
 
 
 def _tokenizer(source: Source, trust_remote_code: bool) -> Any:

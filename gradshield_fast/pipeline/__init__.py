@@ -17,5 +17,7 @@ run.py             the order of these steps, and where a second start goes on
 sessions.py        what each start did, unit by unit
 record.py          run.json: the sum of all of that
 status.py          how far a run is
+planning.py        what a run will need, from a sample of its rows
+measuring.py       a step's memory and the rate on this machine
 summary.py         what a finished folder says to a person
 """

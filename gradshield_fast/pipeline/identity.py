@@ -41,7 +41,7 @@ def identity(options: RunOptions, known: Mapping[str, Any] | None = None) -> dic
             "columns": dict(corpus.columns) if corpus.columns else None,
             "max_row_bytes": corpus.max_row_bytes,
         },
-        "model": _model(options.model),
+        "model": model_identity(options.model),
         "direction": _direction(options.direction),
         "scoring": scoring,
     }
@@ -101,7 +101,15 @@ def _same_files(corpus: CorpusOptions, known: Mapping[str, Any] | None) -> dict[
     return {"files": known["files"], "sha256": known["sha256"]}
 
 
-def _model(options: ModelOptions) -> dict[str, Any]:
+def model_identity(options: ModelOptions) -> dict[str, Any]:
+    """Describe a model by the content of its files.
+
+    Args:
+        options: the model.
+
+    Returns:
+        JSON values.
+    """
     return {
         "files": _model_files(options.name, options.allow_pickle),
         "adapter": _folder_digest(Path(options.adapter).expanduser(), options.adapter) if options.adapter else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
@@ -49,3 +50,22 @@ def read_parts(folder: RunFolder, count: int) -> Part:
         listed = isinstance(values[0], list)
         joined[field.name] = list(chain.from_iterable(values)) if listed else np.concatenate(values)
     return Part(**joined)
+
+
+def check_outputs(out: Path, raws: list[bytes], limit: int) -> None:
+    """Hold the three outputs against the rows, in order: each is in exactly one."""
+    kept, dropped = ((out / f"{name}.jsonl").read_bytes().split(b"\n")[:-1] for name in ("kept", "dropped"))
+    unscored = [json.loads(entry) for entry in (out / "unscored.jsonl").read_bytes().splitlines()]
+    missing = {entry["row"] for entry in unscored}
+    assert len(missing) == len(unscored)
+    assert len(kept) + len(dropped) + len(unscored) == len(raws)
+    scored = [raw for number, raw in enumerate(raws) if number not in missing]
+    at = 0
+    for raw in scored:
+        if at < len(kept) and kept[at] == raw:
+            at += 1
+        else:
+            assert raw in dropped
+    assert at == len(kept)
+    assert all(entry["status"] not in ("ok", "duplicate", "not_scored") and entry["reason"] for entry in unscored)
+    assert all(len(raws[row]) <= limit for row in range(len(raws)) if row not in missing)
