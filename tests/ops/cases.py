@@ -26,7 +26,7 @@ def strided(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> torc
 
 
 def far(x: torch.Tensor, axis: int) -> torch.Tensor:
-    """The same values, more than 2^31 elements from first to last along an axis, in memory that nothing else touches."""
+    """The same values, more than 2^31 elements from first to last along an axis, in memory never touched."""
     step = 2**31 // (x.shape[axis] - 1) + 8
     strides = list(x.stride())
     strides[axis] = step
