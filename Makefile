@@ -28,7 +28,7 @@ $(DEMO_STAMP): $(INPUTS) | $(BIN)/python
 	@touch $@
 
 $(DEV_STAMP): $(DEMO_STAMP)
-	$(PIP) install --quiet -c constraints.txt -e '.[demo,peft,test,dev]'
+	$(PIP) install --quiet -c constraints.txt -e '.[demo,peft,ray,test,dev]'
 	@touch $@
 
 venv: $(DEV_STAMP) ## make the virtual environment with everything in it

@@ -13,11 +13,13 @@ from gradshield_fast.compiled import CompiledLayers
 from gradshield_fast.errors import InputError, ScoringError, is_out_of_memory
 from gradshield_fast.layout import RowAxisLost
 from gradshield_fast.losses import Call, accepts, row_losses
+from gradshield_fast.memory import free_bytes
 from gradshield_fast.oracle import Truth, autograd_truth
 from gradshield_fast.plan import Plan, all_of
 from gradshield_fast.step import run_step
 from gradshield_fast.tally import Tally
 from gradshield_fast.universal import CHAIN, MethodFailed
+from gradshield_fast.widened import extra_bytes, widened
 
 ROWS, TOKENS, SHORT = 3, 13, 9
 """Shape of the trial batch: primes, so that a row or token axis is not mistaken for another; its last row is padded."""
@@ -33,6 +35,10 @@ NOISE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.03, torch.f
 SAME_LOSS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.05}
 """Allowed relative difference of a row's loss alone and in a batch: rounding in another shape, no more. A float64
 model earns no tighter bound, as many work in float32 inside."""
+
+ROUNDING = 3.0
+"""How many times the error of a 16-bit model's own way, by root mean square over the weights, another way may have.
+Both are a few roundings carried through all the layers: the ratio was 0.4 to 1.5 in 130 trials of right ways."""
 
 ATTEMPTS = 200
 
@@ -86,6 +92,7 @@ class Calibration:
             if is_out_of_memory(error):
                 raise
             raise ScoringError(f"autograd itself cannot differentiate this model: {error}") from error
+        self._exact: Truth | None = None
 
     def _independent(self, call: Call) -> Call:
         """Find a way to call the model that leaves its function as it is and in which a row's loss is its own.
@@ -208,47 +215,76 @@ class Calibration:
         Returns:
             The reason, or None where losses, and every weight's dot products and norms, agree.
         """
-        head = self.plan.head_rule() if call.head is not None else None
         try:
-            with capture(self.plan.model, self.plan.sites(split=True)) as hooks:
-                losses, tally = run_step(
-                    self.plan, self.batch, call, hooks, head, token_scores=self.token_scores, by_weight=True
-                )
+            losses, tally = self._run(call)
         except (ScoringError, MethodFailed, RowAxisLost, InputError) as error:
             return str(error)
         if (reason := self._off(losses)) is not None:
             return reason
         wrong = self._wrong(tally)
-        if wrong and self.same == SAME_LOSS[torch.bfloat16] and self._agree_together(tally):
-            return None
+        if wrong and self.same == SAME_LOSS[torch.bfloat16]:
+            return self._why_not_in_float32(call, tally)
         return f"the score of '{wrong[0]}' differs" if wrong else None
 
-    def _agree_together(self, tally: Tally) -> bool:
-        """Whether all weights together agree: for a 16-bit model, whose rounding differs from one way to the other.
+    def _run(self, call: Call) -> tuple[torch.Tensor, Tally]:
+        head = self.plan.head_rule() if call.head is not None else None
+        with capture(self.plan.model, self.plan.sites(split=True)) as hooks:
+            return run_step(self.plan, self.batch, call, hooks, head, token_scores=self.token_scores, by_weight=True)
 
-        Another kernel for the same layer rounds other bits away, so that a weight whose terms cancel may be off by all
-        that is left of it. What is wrong in a way to run a model (a mask, a position, a scale) is wrong in every layer.
+    def _why_not_in_float32(self, call: Call, tally: Tally) -> str | None:
+        """Tell a wrong way from one that only rounds differently, for a 16-bit model.
+
+        Another kernel for the same layer rounds other bits away, and a weight whose terms cancel may be off by all
+        that is left of it. So the way is tried on the same weights in float32, where rounding hides nothing, and its
+        16-bit answer is held against float32's: it may be off by `ROUNDING` times as much as the model's own way is.
         """
-        truth = self.truth
-        off = torch.stack([tally.share(weight)[0].cpu() - truth.dot[weight] for weight in self.plan.sites_of])
-        unit = torch.stack([truth.spread[weight] for weight in self.plan.sites_of])
+        free = free_bytes(self.batch.input_ids.device)
+        if free is not None and free < extra_bytes(self.plan.model):
+            return None if self._agree_together(tally) else "its scores differ, and there is no memory for float32"
+        try:
+            with widened(self.plan.model):
+                if self._exact is None:
+                    self._exact = autograd_truth(self.plan.model, self.plan.direction, self.batch, self.call)
+                exact = self._exact
+                _, wide = self._run(call)
+        except (ScoringError, MethodFailed, RowAxisLost, InputError) as error:
+            return f"in float32: {error}"
+        wrong = self._wrong(wide, exact, TOLERANCE[torch.float32], NOISE[torch.float32])
+        if wrong:
+            return f"the score of '{wrong[0]}' differs, in float32 too"
+        unit = _stacked(exact.spread)
+        own = (_stacked(self.truth.dot) - _stacked(exact.dot)).square().sum() / unit.square().sum()
+        got = torch.stack([tally.share(weight)[0].cpu() for weight in exact.dot])
+        off = (got - _stacked(exact.dot)).square().sum() / unit.square().sum()
+        if bool(off <= ROUNDING**2 * own):
+            return None
+        return f"its rounding is {float((off / own).sqrt()):.1f} times the model's own"
+
+    def _agree_together(self, tally: Tally) -> bool:
+        """Whether all weights together agree; what is wrong in a way to run a model is wrong in every layer."""
+        got = torch.stack([tally.share(weight)[0].cpu() for weight in self.truth.dot])
+        off, unit = got - _stacked(self.truth.dot), _stacked(self.truth.spread)
         return bool((off.square().sum(0) <= self.tolerance**2 * unit.square().sum(0)).all())
 
-    def _wrong(self, tally: Tally) -> list[str]:
-        """Weights whose dot products or norms disagree with autograd."""
-        truth = self.truth
+    def _wrong(
+        self, tally: Tally, truth: Truth | None = None, tolerance: float | None = None, noise: float | None = None
+    ) -> list[str]:
+        """Weights whose dot products or norms disagree with autograd, by the model's own bounds if not told others."""
+        truth = self.truth if truth is None else truth
+        tolerance = self.tolerance if tolerance is None else tolerance
+        noise = self.noise if noise is None else noise
         largest = torch.stack(list(truth.norm_sq.values())).max(0).values.sqrt()
         wrong = []
         for weight in self.plan.sites_of:
             want = truth.dot[weight]
             got, terms = (x.cpu() for x in tally.share(weight))
-            bound = self.tolerance * (want.abs() + truth.spread[weight]) + self.noise * terms
+            bound = tolerance * (want.abs() + truth.spread[weight]) + noise * terms
             # `not <=` rather than `>`: a NaN is a disagreement
             agree = bool(((got - want).abs() <= bound + 1e-14 * truth.size[weight]).all())
             if agree and tally.norm_sq is not None:
                 norm = truth.norm_sq[weight].sqrt()
                 off = (tally.norm_of(weight).cpu() - norm).abs()
-                agree = bool((off <= self.tolerance * norm + self.noise * largest).all())
+                agree = bool((off <= tolerance * norm + noise * largest).all())
             if not agree:
                 wrong.append(weight)
         return wrong
@@ -283,6 +319,10 @@ class Calibration:
             f"weight '{name}'{more} would be scored wrongly: every rule was tried, and the most general one gives "
             f"{float(got[row, 0]):.6g} where autograd gives {float(want[row, 0]):.6g}; leave it out of the direction"
         )
+
+
+def _stacked(by_weight: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(by_weight.values()))
 
 
 def _same_inputs(tally: Tally) -> list[list[str]]:

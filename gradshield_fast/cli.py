@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from gradshield_fast import cli_options as o
+from gradshield_fast.cli_folder import TOP_ROWS, folder_commands, show_run
 from gradshield_fast.console import (
     DONE,
     INTERRUPTED,
@@ -31,12 +32,11 @@ from gradshield_fast.pipeline.options import (
     CorpusOptions,
     CutOptions,
     DirectionOptions,
+    EngineOptions,
     ModelOptions,
     RunOptions,
     ScoringOptions,
 )
-
-TOP_ROWS = 10
 
 app = typer.Typer(
     name="gradshield-fast",
@@ -88,10 +88,17 @@ def filter_corpus(
     verify: o.Verify = False,
     compile: o.Compile = False,
     checkpoint: o.Checkpoint = False,
+    dedupe: o.Dedupe = True,
     alpha: o.Alpha = None,
     threshold: o.Threshold = None,
     seed: o.Seed = 0,
     direction_index: o.DirectionIndex = 0,
+    engine: o.Engine = "local",
+    workers: o.Workers = None,
+    threads: o.Threads = None,
+    actors: o.Actors = None,
+    shard: o.Shard = None,
+    log_json: o.LogJson = False,
     dry_run: o.DryRun = False,
 ) -> int:
     """Direction, scores, threshold, split: from a corpus to kept.jsonl, dropped.jsonl and unscored.jsonl."""
@@ -122,10 +129,12 @@ def filter_corpus(
             verify,
             compile,
             checkpoint,
+            dedupe,
         ),
         cut=CutOptions(alpha, threshold, seed, direction_index),
+        engine=EngineOptions(engine, workers, o.parse_shard(shard), actors, threads),
     )
-    return _dry(options) if dry_run else _run(options)
+    return _dry(options) if dry_run else _run(options, log_json=log_json)
 
 
 @app.command("score")
@@ -154,6 +163,13 @@ def score_corpus(
     verify: o.Verify = False,
     compile: o.Compile = False,
     checkpoint: o.Checkpoint = False,
+    dedupe: o.Dedupe = True,
+    engine: o.Engine = "local",
+    workers: o.Workers = None,
+    threads: o.Threads = None,
+    actors: o.Actors = None,
+    shard: o.Shard = None,
+    log_json: o.LogJson = False,
     dry_run: o.DryRun = False,
 ) -> int:
     """Score a corpus against saved directions; `threshold` then draws the line."""
@@ -176,10 +192,12 @@ def score_corpus(
             verify,
             compile,
             checkpoint,
+            dedupe,
         ),
         cut=None,
+        engine=EngineOptions(engine, workers, o.parse_shard(shard), actors, threads),
     )
-    return _dry(options) if dry_run else _run(options)
+    return _dry(options) if dry_run else _run(options, log_json=log_json)
 
 
 @app.command("direction")
@@ -236,35 +254,7 @@ def build_direction(
     return DONE
 
 
-@app.command("threshold")
-@guarded(resumable=True)
-def draw_threshold(
-    run: o.Run,
-    alpha: o.Alpha = None,
-    threshold: o.Threshold = None,
-    seed: o.Seed = 0,
-    direction_index: o.DirectionIndex = 0,
-    corpus: o.MovedCorpus = None,
-) -> int:
-    """Fit or set the threshold of a scored run, and write its three files anew."""
-    from gradshield_fast.pipeline.run import recut
-
-    cut = CutOptions(alpha, threshold, seed, direction_index)
-    with watching() as reporter:
-        recut(run, cut, corpus, reporter)
-    return _show(run)
-
-
-@app.command("report")
-@guarded()
-def report_run(
-    run: o.Run,
-    top: Annotated[int, typer.Option("--top", min=0, help="How many of the highest scores to show.")] = TOP_ROWS,
-    corpus: o.MovedCorpus = None,
-) -> int:
-    """Sum up a run: counts, threshold, and the rows with the highest scores."""
-    _show(run, top=top, corpus=corpus)
-    return DONE
+app.add_typer(folder_commands)
 
 
 @app.command("demo")
@@ -351,27 +341,18 @@ def time_ops(
     return DONE
 
 
-def _run(options: RunOptions, top: int = 0) -> int:
+def _run(options: RunOptions, top: int = 0, log_json: bool = False) -> int:
     from gradshield_fast.pipeline.run import run
 
-    with watching() as reporter:
+    shard = options.engine.shard
+    with watching(log_json) as reporter:
         if not run(options, reporter):
-            reporter.note(f"the run in {options.out} is complete: nothing is left to do")
-    return _show(options.out, top=top)
-
-
-def _show(out: Path, top: int = 0, corpus: Path | None = None) -> int:
-    from gradshield_fast.pipeline.run import corpus_of
-    from gradshield_fast.pipeline.summary import excerpts, summarize
-    from gradshield_fast.tables import print_summary, print_top
-
-    console, summary = Console(), summarize(out)
-    print_summary(summary, console)
-    rows = summary.top(top)
-    if rows and summary.scores is not None:
-        texts = excerpts(corpus_of(summary.manifest, corpus), [int(summary.scores.row[i]) for i in rows])
-        print_top(summary, texts, rows, console)
-    return SOME_UNSCORED if summary.unscored else DONE
+            what = f"the run in {options.out}" if shard is None else f"shard {shard[0]}/{shard[1]} in {options.out}"
+            reporter.note(f"{what} is complete: nothing is left to do")
+    if shard is not None:
+        print(f"shard {shard[0]}/{shard[1]} is scored; after the last one: gradshield-fast merge {options.out}")
+        return DONE
+    return show_run(options.out, top=top)
 
 
 def _dry(options: RunOptions) -> int:

@@ -10,17 +10,22 @@ import typer
 
 from gradshield_fast.errors import InputError
 
-_MODEL, _DIRECTION, _ROWS, _CUT = "Model", "Direction", "Scoring", "Threshold"
+_MODEL, _DIRECTION, _ROWS, _CUT, _ENGINE = "Model", "Direction", "Scoring", "Threshold", "Engine"
 
 
 def _option(*names: str, help: str, panel: str) -> typer.models.OptionInfo:
     return typer.Option(*names, help=help, rich_help_panel=panel)
 
 
-Corpus = Annotated[Path, typer.Argument(help="JSONL (.gz, .zst), Parquet, a folder of those, or a `datasets` folder.")]
+Corpus = Annotated[
+    str,
+    typer.Argument(
+        help="JSONL (.gz, .zst), Parquet, a folder or a quoted pattern of those, or a `datasets` folder; also s3://, gs://."
+    ),
+]
 Run = Annotated[Path, typer.Argument(help="A run's folder.")]
 MovedCorpus = Annotated[
-    Path | None, typer.Option("--corpus", help="Where the corpus is now, if it has moved; its name must be the same.")
+    str | None, typer.Option("--corpus", help="Where the corpus is now, if it has moved; its name must be the same.")
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder of the run; the same command goes on with it.")]
 
@@ -111,6 +116,10 @@ Compile = Annotated[
 Checkpoint = Annotated[
     bool, _option("--checkpoint", help="Less memory for one more forward pass a batch.", panel=_ROWS)
 ]
+Dedupe = Annotated[
+    bool,
+    _option("--dedupe/--no-dedupe", help="Score rows that say the same once.", panel=_ROWS),
+]
 DryRun = Annotated[
     bool, _option("--dry-run", help="Read and encode all rows; load no weights, write nothing.", panel=_ROWS)
 ]
@@ -126,6 +135,43 @@ Seed = Annotated[int, _option("--seed", help="Seed of the fit.", panel=_CUT)]
 DirectionIndex = Annotated[
     int, _option("--direction-index", help="Which of several directions decides, from 0.", panel=_CUT)
 ]
+
+Engine = Annotated[str, _option("--engine", help="local, or ray: the machines of a Ray cluster.", panel=_ENGINE)]
+Workers = Annotated[
+    int | None,
+    _option("--workers", help="Processes that read and tokenise ahead of each scorer; 0: none.", panel=_ENGINE),
+]
+Threads = Annotated[
+    int | None, _option("--threads", help="CPU threads of a scorer; the first start's stand.", panel=_ENGINE)
+]
+Actors = Annotated[int | None, _option("--actors", help="Ray actors at the most.", panel=_ENGINE)]
+Shard = Annotated[
+    str | None,
+    _option("--shard", help="I/N: score this share; start each of 1/N to N/N, then `merge`.", panel=_ENGINE),
+]
+LogJson = Annotated[
+    bool, _option("--log-json", help="Progress as JSON lines on the standard error stream.", panel=_ENGINE)
+]
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """Read the value of --shard.
+
+    Args:
+        text: such as "3/16", or None.
+
+    Returns:
+        Index and number, or None.
+
+    Raises:
+        InputError: it is not of that form.
+    """
+    if text is None:
+        return None
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal()):
+        raise InputError(f"--shard takes I/N, such as 3/16: got {text!r}")
+    return int(index), int(count)
 
 
 def parse_columns(text: str | None) -> Mapping[str, str] | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import functools
+import json
 import signal
 import sys
 import time
@@ -122,14 +124,19 @@ def catch_sigterm() -> None:
 
 
 @contextlib.contextmanager
-def watching() -> Iterator[Reporter]:
+def watching(as_json: bool = False) -> Iterator[Reporter]:
     """Draw a run's progress for the scope: live on a terminal, as sparse lines elsewhere.
+
+    Args:
+        as_json: draw nothing; write a JSON line for each step, for each note, and now and then between them.
 
     Yields:
         What to report to.
     """
     console = Console(stderr=True)
-    if console.is_terminal:
+    if as_json:
+        yield _Json()
+    elif console.is_terminal:
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -156,15 +163,23 @@ class _Pace:
         self.timed += count
         self.tokens += tokens
 
-    def __str__(self) -> str:
+    def rates(self) -> dict[str, float]:
+        """Say how fast it is, and how long the rest takes; nothing before there is something to time."""
         seconds = time.perf_counter() - self.begun
         if not self.timed or seconds < 0.5:
-            return ""
-        parts = [f"{self.timed / seconds:.3g} {self.unit}/s"]
-        if self.tokens:
-            parts.append(f"{self.tokens / seconds:,.0f} tokens/s")
+            return {}
+        rates = {"rate": self.timed / seconds, "tokens_rate": self.tokens / seconds}
         if self.total is not None and self.done < self.total:
-            parts.append(f"{clock((self.total - self.done) * seconds / self.timed)} left")
+            rates["seconds_left"] = (self.total - self.done) * seconds / self.timed
+        return rates
+
+    def __str__(self) -> str:
+        rates = self.rates()
+        parts = [f"{rates['rate']:.3g} {self.unit}/s"] if rates else []
+        if rates.get("tokens_rate"):
+            parts.append(f"{rates['tokens_rate']:,.0f} tokens/s")
+        if "seconds_left" in rates:
+            parts.append(f"{clock(rates['seconds_left'])} left")
         return ", ".join(parts)
 
 
@@ -210,6 +225,36 @@ class _Lines(Reporter):
 
     def note(self, text: str) -> None:
         say(plain(text))
+
+
+class _Json(Reporter):
+    def __init__(self) -> None:
+        self._title = ""
+        self._pace = _Pace()
+        self._next = 0.0
+
+    def _write(self, event: str, **values: Any) -> None:
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+        say(json.dumps({"time": now, "event": event, **values}))
+
+    def _progress(self, event: str) -> None:
+        pace = self._pace
+        rates = {name: float(f"{rate:.6g}") for name, rate in pace.rates().items()}
+        self._write(event, stage=self._title, done=pace.done, total=pace.total, unit=pace.unit, **rates)
+
+    def stage(self, title: str, total: int | None = None, unit: str = "rows", done: int = 0) -> None:
+        self._title, self._pace = title, _Pace(total, unit, done)
+        self._next = time.perf_counter() + PLAIN_SECONDS
+        self._progress("stage")
+
+    def advance(self, count: int, tokens: int = 0) -> None:
+        self._pace.add(count, tokens)
+        if time.perf_counter() >= self._next:
+            self._next = time.perf_counter() + PLAIN_SECONDS
+            self._progress("progress")
+
+    def note(self, text: str) -> None:
+        self._write("note", text=text)
 
 
 def clock(seconds: float) -> str:

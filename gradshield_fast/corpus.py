@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gradshield_fast import storage
 from gradshield_fast.corpus_columns import RawRow
 from gradshield_fast.corpus_files import BOM, READ_CHUNK, CorpusFile, find_files, iter_raw
 from gradshield_fast.corpus_formats import RowProblem, check_columns, show, to_messages
@@ -44,7 +45,7 @@ class Row:
         reason: "" or one sentence for a person.
         offset: where the line starts in its uncompressed file, in bytes; -1 for Parquet and Arrow.
         length: bytes of the line without its newline; -1 for Parquet and Arrow.
-        file: name of the file it comes from.
+        file: name of the file it comes from, relative to the corpus's folder.
     """
 
     index: int
@@ -69,8 +70,8 @@ def read_corpus(
     """Read the rows of a corpus in file order, one at a time.
 
     Args:
-        path: .jsonl (also .gz, .zst), .parquet, a folder of such files in the order of their names, or a folder that
-            `datasets` saved.
+        path: .jsonl (also .gz, .zst), .parquet, a folder or a pattern of such files in the order of their names, or a
+            folder that `datasets` saved; on this machine, or as a URL that fsspec knows (s3://, gs://, ...).
         format: "jsonl", "parquet" or "arrow" where the file's name does not say.
         columns: names of the columns to read, as {"prompt": "question", "response": "answer"}; the entries are
             messages, or prompt and response; and input, system, id. None detects the format of each row.
@@ -109,14 +110,14 @@ def corpus_fingerprint(path: str | Path, format: str | None = None) -> dict[str,
     for file in find_files(path, format):
         digest, size = hashlib.sha256(), 0
         try:
-            with open(file.path, "rb") as stream:
+            with storage.open_binary(file.path) as stream:
                 while chunk := stream.read(READ_CHUNK):
                     digest.update(chunk)
                     size += len(chunk)
         except OSError as error:
             raise InputError(f"corpus {file.path} cannot be read: {error.strerror or error}") from error
-        entries.append({"name": file.path.name, "size": size, "sha256": digest.hexdigest()})
-        whole.update(f"{file.path.name}\0{size}\0{digest.hexdigest()}\n".encode("utf-8", "surrogateescape"))
+        entries.append({"name": file.name, "size": size, "sha256": digest.hexdigest()})
+        whole.update(f"{file.name}\0{size}\0{digest.hexdigest()}\n".encode("utf-8", "surrogateescape"))
     return {"files": entries, "sha256": whole.hexdigest()}
 
 

@@ -7,9 +7,9 @@ import hashlib
 import json
 import math
 from collections.abc import Generator, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from gradshield_fast import storage
 from gradshield_fast.errors import InputError
 
 _BATCH_BYTES = 64 << 20
@@ -38,14 +38,48 @@ class RawRow(NamedTuple):
     value: dict[str, Any] | None
 
 
-def iter_columns(path: Path, kind: str, max_row_bytes: int, skip: int) -> Generator[RawRow, None, int]:
-    """Yield the rows of one Parquet or Arrow file.
+class Columns(NamedTuple):
+    """A Parquet or Arrow file that is open for reading.
+
+    Attributes:
+        schema: its Arrow schema, metadata included.
+        compression: codec of a Parquet file's columns; "" for Arrow.
+        passed: rows at its beginning that `batches` leaves out.
+        batches: the rest of it, in small batches; the file is closed at their end.
+    """
+
+    schema: Any
+    compression: str
+    passed: int
+    batches: Iterator[Any]
+
+
+def open_columns(path: str, kind: str, skip: int = 0) -> Columns:
+    """Open a Parquet or Arrow file.
 
     Args:
         path: the file.
         kind: "parquet" or "arrow".
+        skip: rows that are not needed; whole row groups of them are not read.
+
+    Returns:
+        Its schema and batches; the same file gives the same batches.
+
+    Raises:
+        InputError: two columns have one name.
+    """
+    return _open_parquet(path, skip) if kind == "parquet" else _open_arrow(path)
+
+
+def iter_columns(path: str, name: str, kind: str, max_row_bytes: int, skip: int) -> Generator[RawRow, None, int]:
+    """Yield the rows of one Parquet or Arrow file.
+
+    Args:
+        path: the file.
+        name: its name in the corpus.
+        kind: "parquet" or "arrow".
         max_row_bytes: a row whose JSON is longer is yielded without its bytes.
-        skip: rows to pass over; whole batches of them are never converted.
+        skip: rows to pass over; whole row groups of them are never read, whole batches never converted.
 
     Yields:
         The rows after the first `skip`.
@@ -53,48 +87,67 @@ def iter_columns(path: Path, kind: str, max_row_bytes: int, skip: int) -> Genera
     Returns:
         How many rows were passed over: `skip`, or fewer where the file ends first.
     """
-    passed = 0
-    for batch in _parquet_batches(path) if kind == "parquet" else _arrow_batches(path):
+    columns = open_columns(path, kind, skip)
+    passed = columns.passed
+    for batch in columns.batches:
         here = min(skip - passed, batch.num_rows)
         passed += here
-        yield from _batch_rows(batch.slice(here), path.name, max_row_bytes)
+        yield from _batch_rows(batch.slice(here), name, max_row_bytes)
     return passed
 
 
-def _parquet_batches(path: Path) -> Iterator[Any]:
+def _open_parquet(path: str, skip: int) -> Columns:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
-        _distinct(path, file.schema_arrow.names)
-        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        widest = max((g.total_byte_size / max(g.num_rows, 1) for g in groups), default=1.0)
-        yield from file.iter_batches(batch_size=_batch_size(widest))
+    file = pq.ParquetFile(storage.open_binary(path) if storage.is_url(path) else path)
+    _distinct(path, file.schema_arrow.names)
+    groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+    widest = max((g.total_byte_size / max(g.num_rows, 1) for g in groups), default=1.0)
+    codec = groups[0].column(0).compression.lower() if groups and groups[0].num_columns else "snappy"
+    passed = first = 0
+    while first < len(groups) and passed + groups[first].num_rows <= skip:
+        passed += groups[first].num_rows
+        first += 1
+
+    def batches() -> Iterator[Any]:
+        with file:
+            # without groups to read, pyarrow would read them all
+            if first < len(groups):
+                rest = list(range(first, len(groups)))
+                yield from file.iter_batches(batch_size=_batch_size(widest), row_groups=rest)
+
+    return Columns(file.schema_arrow, "none" if codec == "uncompressed" else codec, passed, batches())
 
 
-def _arrow_batches(path: Path) -> Iterator[Any]:
-    """Read Arrow's stream format, which `datasets` writes, or its file format."""
+def _open_arrow(path: str) -> Columns:
+    """Open Arrow's stream format, which `datasets` writes, or its file format."""
     import pyarrow as pa
 
-    with pa.memory_map(str(path)) as source:
-        try:
-            reader = pa.ipc.open_stream(source)
-            batches: Any = reader
-        except pa.ArrowInvalid:
-            source.seek(0)
-            reader = pa.ipc.open_file(source)
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        _distinct(path, reader.schema.names)
-        for batch in batches:
-            step = _batch_size(batch.nbytes / max(batch.num_rows, 1))
-            for first in range(0, batch.num_rows, step):
-                yield batch.slice(first, step)
+    source = pa.PythonFile(storage.open_binary(path), mode="r") if storage.is_url(path) else pa.memory_map(path)
+    try:
+        reader: Any = pa.ipc.open_stream(source)
+        whole: Any = reader
+    except pa.ArrowInvalid:
+        source.seek(0)
+        reader = pa.ipc.open_file(source)
+        whole = (reader.get_batch(i) for i in range(reader.num_record_batches))
+    _distinct(path, reader.schema.names)
+
+    def batches() -> Iterator[Any]:
+        with source:
+            for batch in whole:
+                step = _batch_size(batch.nbytes / max(batch.num_rows, 1))
+                for first in range(0, batch.num_rows, step):
+                    yield batch.slice(first, step)
+
+    return Columns(reader.schema, "", 0, batches())
 
 
 def _batch_size(bytes_per_row: float) -> int:
     return int(min(_BATCH_ROWS, max(1, _BATCH_BYTES // max(1.0, bytes_per_row))))
 
 
-def _distinct(path: Path, names: Sequence[str]) -> None:
+def _distinct(path: str, names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"corpus {path} has two columns named {name!r}: expected distinct names; rename one")

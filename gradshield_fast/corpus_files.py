@@ -13,9 +13,10 @@ import json
 import zlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from gradshield_fast import storage
 from gradshield_fast.corpus_columns import RawRow, iter_columns
 from gradshield_fast.errors import InputError
 
@@ -41,12 +42,14 @@ class CorpusFile:
     """One file of a corpus.
 
     Attributes:
-        path: where it is.
+        path: where it is, on this machine or as a URL.
+        name: its name in the corpus, relative to the folder that the corpus is or whose files a pattern names.
         kind: "jsonl", "parquet" or "arrow".
         compression: "", "gz" or "zst"; only for "jsonl".
     """
 
-    path: Path
+    path: str
+    name: str
     kind: str
     compression: str
 
@@ -55,7 +58,8 @@ def find_files(path: str | Path, format: str | None = None) -> list[CorpusFile]:
     """List the files of a corpus in the order in which their rows are numbered.
 
     Args:
-        path: a file, a folder of files (taken in the order of their names), or a folder that `datasets` saved.
+        path: a file, a folder of files (taken in the order of their names), a pattern such as `data/*/part-*.jsonl.gz`
+            (the same), or a folder that `datasets` saved; on this machine, or as a URL that fsspec knows.
         format: "jsonl", "parquet" or "arrow" for a file whose name does not say; compression still shows in the name.
 
     Returns:
@@ -64,36 +68,76 @@ def find_files(path: str | Path, format: str | None = None) -> list[CorpusFile]:
     Raises:
         InputError: there is no such file, its type is unknown, or a folder has no corpus file or holds several splits.
     """
-    path = Path(path)
+    text = storage.plain_path(path)
     if format is not None and format not in _KINDS.values():
         raise InputError(f"corpus format must be jsonl, parquet or arrow: got {format!r}")
     try:
-        if path.is_dir():
-            return _folder(path, format)
-        if not path.exists():
-            raise InputError(f"corpus not found: {path}; check the path (relative paths start at {Path.cwd()})")
-        if not path.is_file():
-            raise InputError(
-                f"corpus {path} is not a regular file; it is read twice, so save the stream to a file first"
-            )
+        kind = storage.kind_of(text)
+        if kind == "folder":
+            return _folder(text, format)
+        if not kind and storage.has_magic(text):
+            return _pattern(text, format)
+        if not kind:
+            here = "" if storage.is_url(text) else f" (relative paths start at {Path.cwd()})"
+            raise InputError(f"corpus not found: {text}; check the path{here}")
     except OSError as error:
-        raise InputError(f"corpus {path} cannot be opened: {error.strerror or error}") from error
-    file = _classify(path, format)
+        raise InputError(f"corpus {text} cannot be opened: {error.strerror or error}") from error
+    if kind != "file":
+        raise InputError(f"corpus {text} is not a regular file; it is read twice, so save the stream to a file first")
+    file = _classify(text, storage.file_name(text), format)
     if file is None:
         raise InputError(
-            f"corpus {path} has an unknown type: expected {_EXPECTED}; got {path.suffix or 'no extension'!r}; "
-            "rename it, or name its format"
+            f"corpus {text} has an unknown type: expected {_EXPECTED}; got "
+            f"{PurePosixPath(text).suffix or 'no extension'!r}; rename it, or name its format"
         )
     return [file]
 
 
-def iter_raw(files: Sequence[CorpusFile], max_row_bytes: int, skip: int = 0) -> Iterator[RawRow]:
+def is_one_file(path: str | Path) -> bool:
+    """Say whether a corpus is a file that was named, and no folder or pattern.
+
+    Args:
+        path: as for `find_files`.
+
+    Returns:
+        Whether it is.
+    """
+    return storage.kind_of(storage.plain_path(path)) == "file"
+
+
+def dataset_files(path: str | Path) -> dict[str, dict[str, Any]]:
+    """Read what `datasets` writes beside the rows of a folder that it saves, as far as it holds for some of the rows.
+
+    Args:
+        path: as for `find_files`.
+
+    Returns:
+        Name -> content, without counts and sizes; nothing for any other corpus.
+
+    Raises:
+        InputError: a file of it is damaged.
+    """
+    folder, out = storage.plain_path(path), {}
+    there = storage.names_in(folder) if storage.kind_of(folder) == "folder" else []
+    if "state.json" not in there:
+        return {}
+    for name in ("state.json", "dataset_info.json"):
+        if name in there:
+            value = _read_json(folder, name)
+            counted = ("splits", "dataset_size", "download_size", "size_in_bytes", "download_checksums")
+            out[name] = {key: item for key, item in value.items() if key not in counted}
+    return out
+
+
+def iter_raw(files: Sequence[CorpusFile], max_row_bytes: int, skip: int = 0, at: int = 0) -> Iterator[RawRow]:
     """Yield every row of the files, in order, holding at most one row (or one small batch) in memory.
 
     Args:
         files: from `find_files`.
         max_row_bytes: a longer row is yielded without its bytes; its line is read in chunks and hashed.
         skip: rows to pass over, counted over all files.
+        at: where in the first file to begin, in uncompressed bytes: the start of a line; not for Parquet and Arrow,
+            whose files are positioned by `skip`.
 
     Yields:
         The rows after the first `skip`.
@@ -106,13 +150,16 @@ def iter_raw(files: Sequence[CorpusFile], max_row_bytes: int, skip: int = 0) -> 
     for file in files:
         try:
             if file.kind == "jsonl":
-                skip -= yield from _iter_lines(file, max_row_bytes, skip)
+                skip -= yield from _iter_lines(file, max_row_bytes, skip, at)
+                at = 0
             else:
-                skip -= yield from iter_columns(file.path, file.kind, max_row_bytes, skip)
+                skip -= yield from iter_columns(file.path, file.name, file.kind, max_row_bytes, skip)
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"corpus {file.path} cannot be read to its end: {_why(error)}") from error
         except Exception as error:
             # pyarrow's own errors; its module is imported only where a file needs it.
+            if storage.is_url(file.path) and not isinstance(error, InputError):
+                raise InputError(f"corpus {file.path} cannot be read to its end: {_why(error)}") from error
             if not type(error).__module__.startswith("pyarrow"):
                 raise
             raise InputError(f"corpus {file.path} is not a readable {file.kind} file: {_why(error)}") from error
@@ -121,56 +168,83 @@ def iter_raw(files: Sequence[CorpusFile], max_row_bytes: int, skip: int = 0) -> 
 def _why(error: BaseException) -> str:
     if isinstance(error, EOFError):
         return "the compressed file ends early; copy it again"
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text[:300]
+    return storage.one_line(error)
 
 
-def _classify(path: Path, format: str | None) -> CorpusFile | None:
-    compression = _COMPRESSIONS.get(path.suffix.lower(), "")
-    inner = path.with_suffix("") if compression else path
+def _classify(path: str, name: str, format: str | None) -> CorpusFile | None:
+    pure = PurePosixPath(name)
+    compression = _COMPRESSIONS.get(pure.suffix.lower(), "")
+    inner = pure.with_suffix("") if compression else pure
     kind = format or _KINDS.get(inner.suffix.lower())
     if kind is None or (compression and kind != "jsonl"):
         return None
-    return CorpusFile(path, kind, compression)
+    return CorpusFile(path, name, kind, compression)
 
 
-def _folder(folder: Path, format: str | None) -> list[CorpusFile]:
-    if (folder / "dataset_dict.json").is_file():
-        splits = sorted(p.name for p in folder.iterdir() if (p / "state.json").is_file())
+def _folder(folder: str, format: str | None) -> list[CorpusFile]:
+    names = storage.names_in(folder)
+    if "dataset_dict.json" in names:
+        splits = _splits(folder)
         raise InputError(
-            f"corpus {folder} holds several splits ({', '.join(splits)}); name one, such as {folder}/train"
+            f"corpus {folder} holds several splits ({', '.join(splits)}); name one, such as {folder}/{splits[0]}"
         )
-    if (folder / "state.json").is_file():
-        return _saved_dataset(folder)
-    files, unknown = [], []
-    for path in sorted(folder.iterdir(), key=lambda p: p.name):
-        if path.name.startswith((".", "_")) or path.name in _NOT_DATA or not path.is_file():
-            continue
-        file = _classify(path, format)
-        if file is not None:
-            files.append(file)
-        elif path.suffix.lower() not in {"", ".md", ".txt", ".py", ".yaml", ".yml"}:
-            unknown.append(path.name)
-    if unknown:
-        raise InputError(f"corpus folder {folder} holds {unknown[0]}, which is not {_EXPECTED}; move it elsewhere")
+    if "state.json" in names:
+        return _saved_dataset(folder, names)
+    files = _named(
+        folder, [name for name in names if not name.startswith((".", "_")) and name not in _NOT_DATA], format
+    )
     if not files:
         raise InputError(f"corpus folder {folder} holds no corpus file: expected {_EXPECTED}")
     return files
 
 
-def _saved_dataset(folder: Path) -> list[CorpusFile]:
+def _pattern(pattern: str, format: str | None) -> list[CorpusFile]:
+    root, names = storage.matches(pattern)
+    files = _named(root, names, format)
+    if not files:
+        raise InputError(f"corpus not found: no file matches {pattern}; check the pattern, and quote it for the shell")
+    return files
+
+
+def _named(folder: str, names: Sequence[str], format: str | None) -> list[CorpusFile]:
+    files = []
+    for name in names:
+        file = _classify(storage.join(folder, name), name, format)
+        if file is not None:
+            files.append(file)
+        elif PurePosixPath(name).suffix.lower() not in {"", ".md", ".txt", ".py", ".yaml", ".yml"}:
+            raise InputError(f"corpus folder {folder} holds {name}, which is not {_EXPECTED}; move it elsewhere")
+    return files
+
+
+def _read_json(folder: str, name: str) -> dict[str, Any]:
+    try:
+        with storage.open_binary(storage.join(folder, name)) as stream:
+            value = json.loads(stream.read())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"corpus {folder}: {name} is not one that `datasets` saved ({_why(error)})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"corpus {folder}: {name} is not one that `datasets` saved (expected an object)")
+    return value
+
+
+def _splits(folder: str) -> list[str]:
+    splits = _read_json(folder, "dataset_dict.json").get("splits")
+    return [str(name) for name in splits] if isinstance(splits, list) and splits else ["train"]
+
+
+def _saved_dataset(folder: str, there: Sequence[str]) -> list[CorpusFile]:
     """Read the order of the Arrow files from the `state.json` that `datasets` writes beside them."""
     try:
-        state = json.loads((folder / "state.json").read_bytes())
-        names = [str(entry["filename"]) for entry in state["_data_files"]]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        names = [str(entry["filename"]) for entry in _read_json(folder, "state.json")["_data_files"]]
+    except (TypeError, KeyError) as error:
         raise InputError(f"corpus {folder}: state.json is not one that `datasets` saved ({_why(error)})") from error
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
+        if name not in there:
             raise InputError(f"corpus {folder}: state.json names {name!r}, which is not in the folder; save it again")
     if not names:
         raise InputError(f"corpus {folder} is empty: its state.json names no data file")
-    return [CorpusFile(folder / name, "arrow", "") for name in names]
+    return [CorpusFile(storage.join(folder, name), name, "arrow", "") for name in names]
 
 
 def _open_lines(file: CorpusFile) -> io.BufferedReader:
@@ -179,29 +253,53 @@ def _open_lines(file: CorpusFile) -> io.BufferedReader:
         # Not `zstandard`: its reader takes a file that was cut short for a complete one, and rows would be lost.
         import pyarrow as pa
 
-        raw: Any = pa.input_stream(str(file.path), compression="zstd")
-    elif file.compression == "gz":
-        raw = gzip.GzipFile(file.path, "rb")
+        source = pa.PythonFile(storage.open_binary(file.path), mode="r") if storage.is_url(file.path) else file.path
+        raw: Any = pa.input_stream(source, compression="zstd")
     else:
-        raw = io.FileIO(file.path, "rb")
+        raw = storage.open_binary(file.path)
+        if file.compression == "gz":
+            raw = _Gunzip(raw)
     return io.BufferedReader(raw, READ_CHUNK)
+
+
+class _Gunzip(gzip.GzipFile):
+    """Closes the file under it as well."""
+
+    def __init__(self, under: IO[bytes]) -> None:
+        super().__init__(fileobj=under, mode="rb")
+        self._under = under
+
+    def close(self) -> None:
+        super().close()
+        self._under.close()
 
 
 def _refuse_array(file: CorpusFile, stream: io.BufferedReader) -> None:
     if stream.peek(64).removeprefix(BOM).lstrip()[:1] == b"[":
         raise InputError(
             f"corpus {file.path} is one JSON array: expected one JSON object per line; "
-            f"convert it with: jq -c '.[]' {file.path.name} > {file.path.stem}.jsonl"
+            f"convert it with: jq -c '.[]' {file.name} > {PurePosixPath(file.name).stem}.jsonl"
         )
 
 
-def _iter_lines(file: CorpusFile, limit: int, skip: int) -> Generator[RawRow, None, int]:
-    """Yield the lines of one file after the first `skip` rows, and return how many were passed over."""
-    name = file.path.name
-    offset = passed = 0
+def _position(file: CorpusFile, stream: io.BufferedReader, at: int) -> None:
+    """Go to a byte; a compressed stream is read up to it."""
+    if not file.compression:
+        stream.seek(at)
+        return
+    while at and (chunk := stream.read(min(at, READ_CHUNK))):
+        at -= len(chunk)
+
+
+def _iter_lines(file: CorpusFile, limit: int, skip: int, at: int = 0) -> Generator[RawRow, None, int]:
+    """Yield the lines of one file from byte `at` after the first `skip` rows, and return how many were passed over."""
+    name = file.name
+    offset, passed = at, 0
     with _open_lines(file) as stream:
         if name.lower().endswith((".json", ".json.gz", ".json.zst", ".json.zstd")):
             _refuse_array(file, stream)
+        if at:
+            _position(file, stream, at)
         readline = stream.readline
         while line := readline(limit + 1):
             start = offset

@@ -71,10 +71,10 @@ def dropped_by_kind(summary: Summary, corpus: CorpusOptions) -> Mapping[str, tup
     Returns:
         kind -> rows, dropped rows.
     """
-    dropped = summary.dropped()
+    dropped = summary.is_dropped()
     out: dict[str, tuple[int, int]] = {}
-    for index, raw in enumerate(iter_raw(find_files(corpus.path), corpus.max_row_bytes)):
+    for raw, gone_now in zip(iter_raw(find_files(corpus.path), corpus.max_row_bytes), dropped, strict=True):
         kind = json.loads(raw.raw or b"{}").get("kind", "")
         rows, gone = out.get(kind, (0, 0))
-        out[kind] = (rows + 1, gone + int(dropped[index]))
+        out[kind] = (rows + 1, gone + gone_now)
     return out

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from gradshield_fast.errors import InputError
@@ -20,19 +23,58 @@ def write_whole(target: Path, content: bytes) -> None:
     Raises:
         InputError: it cannot be written; the file is then as it was.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    _write(target, content, os.replace)
+
+
+def write_once(target: Path, content: bytes) -> bool:
+    """Write a file unless it is there; of two that try at once, on whatever machines, one succeeds.
+
+    Args:
+        target: the file, which is seen complete or not at all.
+        content: its bytes.
+
+    Returns:
+        Whether it was written; False: it was there, or another was faster.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    if target.exists():
+        return False
+    try:
+        _write(target, content, _link)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _write(target: Path, content: bytes, publish: Callable[[Path, Path], None]) -> None:
+    # not the process's number alone: shards on several machines share the folder
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
         try:
             with open(temporary, "wb") as stream:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.replace(temporary, target)
+            publish(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(target.parent)
+    except FileExistsError:
+        raise
     except OSError as error:
         raise cannot_write(target, error) from error
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        # a file system without hard links: the callers' locks are what keeps two from doing this at once
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        os.replace(source, target)
 
 
 def cannot_write(path: Path, error: OSError) -> InputError:
@@ -53,6 +95,18 @@ def cannot_write(path: Path, error: OSError) -> InputError:
     elif error.errno in (errno.EEXIST, errno.ENOTDIR):
         advice = "a file is in the way of the folder: choose another one"
     return InputError(f"cannot write {path}: {error.strerror or error}; {advice}")
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there.
+
+    Args:
+        path: which.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

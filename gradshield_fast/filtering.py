@@ -1,8 +1,8 @@
 """Scores + cut-off -> kept and dropped rows, byte for byte as they came, and a record of the rows without a score.
 
 The corpus is read a second time. Each output is written beside its target under another name, flushed to the disk and
-only then renamed: an earlier kept.jsonl goes first and the new one comes last, so where there is one, the other two
-belong to it.
+only then renamed: earlier kept rows go first and the new ones come last, so where there are any, the other two files
+belong to them.
 """
 
 from __future__ import annotations
@@ -11,24 +11,26 @@ import base64
 import contextlib
 import hashlib
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
+from gradshield_fast import storage
 from gradshield_fast.corpus import MAX_ROW_BYTES, corpus_fingerprint, parse_row
 from gradshield_fast.corpus_columns import RawRow
-from gradshield_fast.corpus_files import find_files, iter_raw
+from gradshield_fast.corpus_files import CorpusFile, find_files, iter_raw
 from gradshield_fast.corpus_formats import check_columns
 from gradshield_fast.errors import InputError
 from gradshield_fast.files import cannot_write, sync_folder
+from gradshield_fast.outputs import KeptOutput, LineOutput, Output
 
 Decision = str | tuple[str, str, str]
-OUTPUTS = {"dropped": "dropped.jsonl", "unscored": "unscored.jsonl", "kept": "kept.jsonl"}
+LINES = {"dropped": "dropped.jsonl", "unscored": "unscored.jsonl"}
 
 _QUOTED_BYTES = 2**20
-_BUFFER = 1 << 20
+_AGAIN = "score it again"
+_PROGRESS_ROWS = 256
 
 
 def split_corpus(
@@ -43,12 +45,16 @@ def split_corpus(
     fingerprint: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Write kept.jsonl, dropped.jsonl and unscored.jsonl: each row in one of them, in the corpus's order.
+    """Write the kept rows, dropped.jsonl and unscored.jsonl: each row in one of them, in the corpus's order.
 
-    A row of a JSONL corpus keeps its bytes, carriage returns and byte order mark included, and gets one newline; lines
-    of a compressed file are written uncompressed, rows of Parquet and Arrow as JSON; blank lines are no rows. A row
-    in unscored.jsonl is {"row", "id", "file", "status", "reason"} and "raw" (text) or "raw_base64"; over 1 MiB,
-    "offset", "length" and "sha256" in place of its bytes.
+    What is kept has the corpus's own form: kept.jsonl, kept.parquet or kept.arrow of a single file, which is written
+    uncompressed if it is lines; of a folder or a pattern a folder, kept, with a file of the same name, format and
+    compression for each, even where no row of it is kept.
+
+    A line keeps its bytes, carriage returns and byte order mark included, and gets one newline; rows of Parquet and
+    Arrow keep their types among the kept, and are JSON among the dropped; blank lines are no rows. A row in
+    unscored.jsonl is {"row", "id", "file", "status", "reason"} and "raw" (text) or "raw_base64"; over 1 MiB, "offset",
+    "length" and "sha256" in place of its bytes.
 
     Args:
         corpus_path: as for `read_corpus`.
@@ -60,10 +66,11 @@ def split_corpus(
         max_row_bytes: the same; a longer row has no score, so it must be decided as "unscored".
         rows: how many rows were scored; another number is an error.
         fingerprint: from `corpus_fingerprint` when the rows were scored; another content is an error.
-        progress: called after each row with the number of rows so far.
+        progress: called now and then with the number of rows since the last call.
 
     Returns:
-        {"rows", "kept", "dropped", "unscored": counts, "statuses": {status of the unscored rows: count}}.
+        {"rows", "kept", "dropped", "unscored": counts, "statuses": {status of the unscored rows: count},
+        "files": {"kept": name, ...}}.
 
     Raises:
         InputError: the corpus changed, an output would overwrite it, a decision is not one of the three, or the
@@ -72,30 +79,52 @@ def split_corpus(
     out_dir = Path(out_dir)
     check_columns(columns)
     files = find_files(corpus_path, format)
+    before = _stamps(files)
     if fingerprint is not None and corpus_fingerprint(corpus_path, format)["sha256"] != fingerprint["sha256"]:
         raise InputError(f"corpus {corpus_path} has changed since its rows were scored; score it again")
-    if out_dir.is_dir() and out_dir.samefile(corpus_path):
+    if out_dir.is_dir() and Path(corpus_path).is_dir() and out_dir.samefile(corpus_path):
         raise InputError(f"output folder {out_dir} is the corpus, which would grow by its own rows; choose another one")
     counts, statuses, index = Counter[str](), Counter[str](), -1
-    with _outputs(out_dir, [file.path for file in files]) as outputs:
-        for index, raw in enumerate(iter_raw(files, max_row_bytes)):
-            if index == rows:
-                raise InputError(f"corpus {corpus_path} has more than the {rows} rows that were scored; score it again")
-            kind, status, reason = _checked(decide(index), index, raw)
-            if kind == "unscored":
-                status = _write_unscored(outputs[kind], raw, index, status, reason, columns, max_row_bytes)
-                statuses[status] += 1
-            else:
-                assert raw.raw is not None
-                outputs[kind].write(raw.raw)
-            counts[kind] += 1
-            if progress is not None:
-                progress(index + 1)
+    with _outputs(out_dir, corpus_path, files) as (kept, lines):
+        for file in files:
+            kept.begin(file)
+            for raw in iter_raw([file], max_row_bytes):
+                index += 1
+                if index == rows:
+                    raise InputError(f"corpus {corpus_path} has more than the {rows} rows that were scored; {_AGAIN}")
+                kind, status, reason = _checked(decide(index), index, raw)
+                kept.add(raw, kind == "kept")
+                if kind == "unscored":
+                    status = _write_unscored(lines[kind], raw, index, status, reason, columns, max_row_bytes)
+                    statuses[status] += 1
+                elif kind == "dropped":
+                    assert raw.raw is not None
+                    lines[kind].write(raw.raw)
+                counts[kind] += 1
+                if progress is not None and (index + 1) % _PROGRESS_ROWS == 0:
+                    progress(_PROGRESS_ROWS)
+            kept.end()
+        if progress is not None and (index + 1) % _PROGRESS_ROWS:
+            progress((index + 1) % _PROGRESS_ROWS)
         if index < 0:
             raise InputError(f"corpus {corpus_path} is empty: expected at least one row")
         if rows is not None and index + 1 < rows:
-            raise InputError(f"corpus {corpus_path} has {index + 1} rows, but {rows} were scored; score it again")
-    return {"rows": index + 1, **{kind: counts[kind] for kind in OUTPUTS}, "statuses": dict(statuses)}
+            raise InputError(f"corpus {corpus_path} has {index + 1} rows, but {rows} were scored; {_AGAIN}")
+        if _stamps(files) != before:
+            raise InputError(f"corpus {corpus_path} has changed while its rows were written; {_AGAIN}")
+    names = {"kept": kept.target.name, **LINES}
+    return {
+        "rows": index + 1,
+        **{kind: counts[kind] for kind in names},
+        "statuses": dict(statuses),
+        "files": names,
+    }
+
+
+def _stamps(files: list[CorpusFile]) -> list[tuple[int, ...]]:
+    """What changes with a file on this machine, but for one that is written with its old size at its old time."""
+    local = (Path(file.path).stat() for file in files if not storage.is_url(file.path))
+    return [(stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in local]
 
 
 def _checked(decision: Decision, index: int, raw: RawRow) -> tuple[str, str, str]:
@@ -114,7 +143,7 @@ def _checked(decision: Decision, index: int, raw: RawRow) -> tuple[str, str, str
 
 
 def _write_unscored(
-    output: _Output,
+    output: LineOutput,
     raw: RawRow,
     index: int,
     status: str,
@@ -144,75 +173,40 @@ def _write_unscored(
     return status
 
 
-class _Output:
-    """A file that appears under its name only when it is complete."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-        self._temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        self._stream: IO[bytes] | None = None
-
-    def open(self) -> None:
-        self._stream = open(self._temporary, "wb", buffering=_BUFFER)  # noqa: SIM115 (closed by complete or discard)
-
-    def write(self, line: bytes) -> None:
-        assert self._stream is not None
-        try:
-            self._stream.write(line)
-            self._stream.write(b"\n")
-        except OSError as error:
-            raise cannot_write(self.target, error) from error
-
-    def complete(self) -> None:
-        assert self._stream is not None
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
-
-    def retract(self) -> None:
-        self.target.unlink(missing_ok=True)
-
-    def publish(self) -> None:
-        os.replace(self._temporary, self.target)
-
-    def discard(self) -> None:
-        """Remove what was not published; a full disk makes even closing fail."""
-        if self._stream is not None:
-            with contextlib.suppress(OSError):
-                self._stream.close()
-            with contextlib.suppress(OSError):
-                self._temporary.unlink()
-
-
 @contextlib.contextmanager
-def _outputs(out_dir: Path, inputs: list[Path]) -> Iterator[dict[str, _Output]]:
+def _outputs(
+    out_dir: Path, corpus: str | Path, files: list[CorpusFile]
+) -> Iterator[tuple[KeptOutput, dict[str, LineOutput]]]:
     """Publish the three outputs if the block succeeds; else leave no trace of them."""
-    outputs = {kind: _Output(out_dir / name) for kind, name in OUTPUTS.items()}
+    kept = KeptOutput(out_dir, corpus, files)
+    lines = {kind: LineOutput(out_dir / name) for kind, name in LINES.items()}
+    outputs = [*lines.values(), kept]
+    inputs = [Path(file.path) for file in files if not storage.is_url(file.path)]
     try:
-        taken = [o.target for o in outputs.values() if o.target.exists() and any(map(o.target.samefile, inputs))]
+        for output in outputs:
+            if output.target.exists() and any(
+                map(output.target.samefile, [p for i in inputs for p in (i, *i.parents)])
+            ):
+                raise InputError(f"output {output.target} would overwrite the corpus; choose another output folder")
     except OSError as error:
         raise cannot_write(out_dir, error) from error
-    if taken:
-        raise InputError(f"output {taken[0]} would overwrite the corpus; choose another output folder")
     try:
         _each(outputs, out_dir, "open")
-        yield outputs
+        yield kept, lines
         _each(outputs, out_dir, "complete")
-        _each({"kept": outputs["kept"]}, out_dir, "retract")
+        _each([kept], out_dir, "retract")
         _each(outputs, out_dir, "publish")
         sync_folder(out_dir)
     finally:
-        for output in outputs.values():
+        for output in outputs:
             output.discard()
 
 
-def _each(
-    outputs: Mapping[str, _Output], out_dir: Path, step: Literal["open", "complete", "retract", "publish"]
-) -> None:
+def _each(outputs: Sequence[Output], out_dir: Path, step: Literal["open", "complete", "retract", "publish"]) -> None:
     current = out_dir
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        for output in outputs.values():
+        for output in outputs:
             current = output.target
             getattr(output, step)()
     except OSError as error:

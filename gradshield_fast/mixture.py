@@ -3,7 +3,8 @@
 scikit-learn's `GaussianMixture` stops when the mean log-likelihood gains less than `tol`; a threshold rule compares
 *total* log-likelihoods with a few nats, so on a million scores `tol` would have to be 1e-9, and every iteration costs
 tens of milliseconds. Here the scores are sorted once and summarised in a few thousand groups, every start is run on the
-groups, and the best solution is polished on all scores. Nothing depends on the order of the scores.
+groups, and the best solution is polished on all scores, or on the bins of a histogram where they are too many to hold.
+Nothing depends on the order of the scores.
 """
 
 from __future__ import annotations
@@ -50,27 +51,54 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class _Groups:
-    """Sorted scores summarised: count, mean and mean square deviation of every group."""
+class Groups:
+    """Sorted scores summarised.
+
+    Attributes:
+        count: float64 [groups], scores in each, at least one.
+        mean: float64 [groups], ascending.
+        spread: float64 [groups], mean square deviation from the mean.
+    """
 
     count: Floats
     mean: Floats
     spread: Floats
 
     @classmethod
-    def of(cls, z: Floats, limit: int = GROUPS) -> _Groups:
-        """Cut sorted `z` at `limit`/2 quantiles, for the bulk, and at `limit`/2 equal steps of value, for the tails."""
+    def of(cls, z: Floats) -> Groups:
+        """Make every score its own group.
+
+        Args:
+            z: float64 [n], sorted.
+
+        Returns:
+            The groups.
+        """
+        return cls(np.ones_like(z), z, np.zeros_like(z))
+
+    def coarser(self, limit: int = GROUPS) -> Groups:
+        """Cut at `limit`/2 quantiles, for the bulk, and at `limit`/2 equal steps of value, for the tails.
+
+        Args:
+            limit: how many groups there may be.
+
+        Returns:
+            At most as many; itself if it has no more.
+        """
+        n, z = self.count, self.mean
         if z.size <= limit:
-            return cls(np.ones_like(z), z, np.zeros_like(z))
+            return self
         steps = np.searchsorted(z, np.linspace(z[0], z[-1], limit // 2, endpoint=False))
-        cuts = np.union1d(steps, np.linspace(0, z.size, limit // 2, endpoint=False).astype(np.int64))
-        count = np.diff(np.append(cuts, z.size)).astype(np.float64)
-        mean = np.add.reduceat(z, cuts) / count
-        spread = np.add.reduceat((z - np.repeat(mean, count.astype(np.int64))) ** 2, cuts) / count
-        return cls(count, mean, spread)
+        before = np.cumsum(n) - n
+        ranks = np.linspace(0, n.sum(), limit // 2, endpoint=False)
+        cuts = np.union1d(steps, np.searchsorted(before, ranks, side="right") - 1)
+        count = np.add.reduceat(n, cuts)
+        mean = np.add.reduceat(n * z, cuts) / count
+        away = z - np.repeat(mean, np.diff(np.append(cuts, z.size)))
+        return Groups(count, mean, np.add.reduceat(n * (away**2 + self.spread), cuts) / count)
 
 
-def fit_mixture(z: Floats, *, seed: int = 0, min_std: float = MIN_STD) -> Mixture:
+def fit_mixture(z: Floats | Groups, *, seed: int = 0, min_std: float = MIN_STD) -> Mixture:
     """Fit w0 N(m0, s0^2) + w1 N(m1, s1^2) by expectation-maximisation under s0, s1 >= `min_std`.
 
     Without the bound the likelihood has no maximum: a component that shrinks on one score makes it infinite. The
@@ -81,14 +109,15 @@ def fit_mixture(z: Floats, *, seed: int = 0, min_std: float = MIN_STD) -> Mixtur
     the smallest upper part, so that ties do not hang on rounding.
 
     Args:
-        z: float64 [n], n >= 2, sorted, finite, standardised to mean 0 and standard deviation 1.
+        z: float64 [n], n >= 2, sorted, finite, standardised to mean 0 and standard deviation 1; or groups of such.
         seed: of the random starts.
         min_std: smallest standard deviation of a component, in units of `z`.
 
     Returns:
         The best mixture found.
     """
-    groups = _Groups.of(z)
+    fine = z if isinstance(z, Groups) else Groups.of(z)
+    groups = fine.coarser()
     short = [_em(groups, r, min_std, steps=40, gain=1e-2) for r in _starts(groups, seed)]
     order = sorted(range(len(short)), key=lambda i: -short[i].log_likelihood)
     best = None
@@ -97,12 +126,12 @@ def fit_mixture(z: Floats, *, seed: int = 0, min_std: float = MIN_STD) -> Mixtur
         if best is None or fit.log_likelihood > best.log_likelihood + 1e-3:
             best = fit
     assert best is not None
-    if groups.count.size < z.size and math.isfinite(best.log_likelihood):
-        best = _em(_Groups.of(z, limit=z.size), best, min_std, steps=30, gain=1e-3)
+    if groups is not fine and math.isfinite(best.log_likelihood):
+        best = _em(fine, best, min_std, steps=30, gain=1e-3)
     return best
 
 
-def _starts(groups: _Groups, seed: int) -> list[Floats]:
+def _starts(groups: Groups, seed: int) -> list[Floats]:
     """Posteriors of the upper component to begin with, float64 [groups] each, smallest upper part first."""
     total, count = groups.count.sum(), np.cumsum(groups.count)
     upper = total - count + groups.count  # scores in this group and above
@@ -120,7 +149,7 @@ def _starts(groups: _Groups, seed: int) -> list[Floats]:
     return starts
 
 
-def _em(groups: _Groups, start: Floats | Mixture, min_std: float, *, steps: int, gain: float) -> Mixture:
+def _em(groups: Groups, start: Floats | Mixture, min_std: float, *, steps: int, gain: float) -> Mixture:
     """Run expectation-maximisation until a step gains less than `gain` nats in total, or for `steps` steps."""
     n, m, v = groups.count, groups.mean, groups.spread
     total = float(n.sum())

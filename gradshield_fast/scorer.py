@@ -33,9 +33,10 @@ from gradshield_fast.universal import MethodFailed
 OPS = ("ghost_dot", "ghost_dot_lowrank", "embedding_dot", "scale_dot", "linear_cross_entropy")
 """Ops that a named backend must have; with norms, ghost_norm_sq too."""
 
-VERIFY_BOUND = {torch.float64: 1e-9, torch.float32: 1e-5}
+VERIFY_BOUND = {torch.float64: 1e-8, torch.float32: 1e-5}
 """Allowed error of `verify`, in units of sum |grad loss * r|, by the model's dtype; 1e-3 for 16-bit models, whose
-weight gradients autograd itself rounds."""
+weight gradients autograd itself rounds. Not 1e-9 for a float64 model: Mamba 2 scans in float32 whatever its dtype, and
+forward- and reverse-mode derivatives of the same values were 2e-9 apart."""
 
 
 @dataclass(frozen=True)

@@ -40,20 +40,21 @@ def print_summary(summary: Summary, console: Console) -> None:
         console: where to.
     """
     rows: list[tuple[str, Any]] = [("state", summary.state)] if summary.state != "complete" else []
-    total, scores = summary.manifest["rows"], summary.scores
+    total = summary.record["rows"]
     rows.append(("rows", f"{total:,}" if total is not None else "not counted yet"))
-    if scores is not None:
-        rows.append(("scored", f"{int(scores.scored.sum()):,}"))
+    if summary.rows:
+        rows.append(("scored", f"{summary.scored:,}"))
+        if summary.duplicates:
+            rows.append(("  duplicates", f"{summary.duplicates:,}, scored with the row that they repeat"))
         cut = [name for name in ("truncated",) if summary.statuses.get(name)]
         rows += [(f"  {name}", f"{summary.statuses[name]:,}") for name in cut]
         if summary.cut is not None:
-            dropped = int(summary.dropped().sum())
-            rows.append(("kept", f"{int(scores.scored.sum()) - dropped:,}"))
-            rows.append(("dropped", f"{dropped:,} ({dropped / len(scores.row):.1%})"))
+            rows.append(("kept", f"{summary.scored - summary.dropped:,}"))
+            rows.append(("dropped", f"{summary.dropped:,} ({summary.dropped / summary.rows:.1%})"))
         rows.append(("unscored", f"{summary.unscored:,}"))
         scored = {"ok", "truncated"}
         rows += [(f"  {name}", f"{n:,}") for name, n in summary.statuses.items() if name not in scored]
-    rows += _cut_rows(summary.cut) + _direction_rows(summary.manifest) + _speed_rows(summary)
+    rows += _cut_rows(summary.cut) + _direction_rows(summary.record) + _speed_rows(summary)
     console.print(facts(rows, title=f"run {summary.path}"))
     for warning in (summary.cut or {}).get("warnings", []):
         console.print(cell(f"warning: {warning}"))
@@ -74,8 +75,8 @@ def _cut_rows(cut: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
     return rows
 
 
-def _direction_rows(manifest: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    direction = manifest.get("direction")
+def _direction_rows(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    direction = record.get("direction")
     if direction is None:
         return []
     rows = [("direction", direction["summary"])]
@@ -123,43 +124,38 @@ def _speed_rows(summary: Summary) -> list[tuple[str, Any]]:
     if not summary.seconds:
         return []
     speed = f"{summary.speed('rows'):.3g} rows/s, {summary.speed('tokens'):,.0f} tokens/s"
-    starts = len(summary.manifest["sessions"])
+    starts = len(summary.record["sessions"])
     rows: list[tuple[str, Any]] = [
         ("scoring", f"{clock(summary.seconds)}, {speed}" + (f", in {starts} starts" if starts > 1 else ""))
     ]
-    halved = sum(session["halved_batches"] for session in summary.manifest["sessions"])
+    halved = sum(session["halved_batches"] for session in summary.record["sessions"])
     if halved:
         rows.append(("halved batches", f"{halved:,} did not fit into memory; a lower --batch-tokens is faster"))
-    backends = summary.manifest.get("scorer", {}).get("backends", {})
+    backends = summary.record.get("scorer", {}).get("backends", {})
     if backends:
         rows.append(("op backends", ", ".join(f"{name} x{n}" for name, n in Counter(backends.values()).items())))
     return rows
 
 
-def print_top(summary: Summary, texts: Mapping[int, str], rows: Sequence[int], console: Console) -> None:
+def print_top(summary: Summary, texts: Mapping[int, str], console: Console) -> None:
     """Print the rows with the highest scores.
 
     Args:
-        summary: the run.
+        summary: the run, with its `top`.
         texts: position in the corpus -> excerpt.
-        rows: positions in the scores, from `Summary.top`.
         console: where to.
     """
-    if summary.scores is None or not rows:
-        return
-    dropped = summary.dropped()
     table = Table(title="highest scores", title_justify="left")
     for name in ("row", "id", "score", "loss", "", "excerpt"):
         table.add_column(name, justify="right" if name in ("row", "score", "loss") else "left", overflow="fold")
-    for i in rows:
-        row = int(summary.scores.row[i])
+    for row in summary.top:
         table.add_row(
-            cell(row),
-            cell(summary.scores.id[i]),
-            cell(f"{summary.scores.fihs[i, summary.decider]:.4g}"),
-            cell(f"{summary.scores.loss[i]:.3g}"),
-            cell("dropped" if dropped[i] else "kept" if summary.cut else ""),
-            cell(texts.get(row, "")),
+            cell(row.row),
+            cell(row.id),
+            cell(f"{row.score:.4g}"),
+            cell(f"{row.loss:.3g}"),
+            cell("dropped" if row.dropped else "kept" if summary.cut else ""),
+            cell(texts.get(row.row, "")),
         )
     console.print(table)
 

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gradshield_fast.errors import InputError
-from gradshield_fast.mixture import Mixture, fit_mixture
+from gradshield_fast.histogram import Histogram
+from gradshield_fast.mixture import Groups, Mixture, fit_mixture
 
 MIN_SCORES = 10  # with fewer scores a mixture fits noise
 OVERLAP = 0.05  # expected share of one component's scores that get the other one's label, from which on we warn
@@ -107,19 +108,50 @@ def fit_threshold(scores: ArrayLike, alpha: float | None = None, random_state: i
     """
     raw = np.asarray(scores)
     x = np.sort(_checked(raw, "fit_threshold"))
+    resolution = float(np.finfo(raw.dtype if raw.dtype.kind == "f" else np.float64).eps)
+    return _fit(Groups.of(x), x, resolution, alpha, random_state)
+
+
+def fit_threshold_of(histogram: Histogram, alpha: float | None = None, random_state: int = 0) -> Cut:
+    """Choose the cut for more scores than are to be held in memory; the rule is `fit_threshold`'s.
+
+    The mixture is fitted to the bins' counts, means and deviations, and a score's label is that of the highest score
+    of its bin, so the cut is one of the scores or lies within a bin's width, `histogram.STEP` of the range at the most,
+    of where all scores would put it.
+
+    Args:
+        histogram: of the scores, float32 or wider.
+        alpha: as for `fit_threshold`.
+        random_state: as for `fit_threshold`.
+
+    Returns:
+        The cut.
+
+    Raises:
+        InputError: alpha is not finite, or there are no scores.
+    """
+    groups, high = histogram.groups()
+    _checked(high, "fit_threshold_of")
+    return _fit(groups, high, float(np.finfo(np.float32).eps), alpha, random_state)
+
+
+def _fit(groups: Groups, x: Floats, resolution: float, alpha: float | None, random_state: int) -> Cut:
+    """Apply the rule to scores in sorted groups whose highest scores are `x`; `resolution` is that of the scores."""
     if alpha is not None and not math.isfinite(alpha):
         raise InputError(
             f"fit_threshold: alpha must be a finite number of nats, got {alpha}. The default is 1.5 ln(n)."
         )
-    n, price = x.size, float(1.5 * math.log(x.size) if alpha is None else alpha)
+    count = groups.count
+    n = int(count.sum())
+    price = float(1.5 * math.log(n) if alpha is None else alpha)
 
     # Scaling by a power of two is exact and keeps squares of huge and of tiny scores in range.
-    exponent = math.frexp(float(np.abs(x).max()))[1]
-    u = np.ldexp(x, -exponent)
-    mean, std = float(u.mean()), float(u.std())
-    resolution = float(np.finfo(raw.dtype if raw.dtype.kind == "f" else np.float64).eps)
-    if u[-1] - u[0] <= 4 * resolution:  # |u| < 1, so this is the rounding of the scores themselves
-        only = {"weight": 1.0, "mean": float(x[n // 2]), "std": 0.0}
+    exponent = math.frexp(max(abs(float(x[-1])), abs(float(groups.mean[0]))))[1]
+    u, spread = np.ldexp(groups.mean, -exponent), np.ldexp(groups.spread, -2 * exponent)
+    mean = float((count * u).sum()) / n
+    std = math.sqrt(float((count * ((u - mean) ** 2 + spread)).sum()) / n)
+    if np.ldexp(x[-1], -exponent) - u[0] <= 4 * resolution:  # |u| < 1, so this is the rounding of the scores themselves
+        only = {"weight": 1.0, "mean": float(x[x.size // 2]), "std": 0.0}
         warning = f"all {n} scores are equal to {x[-1]:.6g}: nothing is removed"
         return Cut(float(x[-1]), "one_gaussian", (math.nan, math.nan), (only,), (warning,), n, price)
 
@@ -129,13 +161,13 @@ def fit_threshold(scores: ArrayLike, alpha: float | None = None, random_state: i
 
     unit = n * (math.log(std) + exponent * math.log(2.0))  # ln p(score) = ln p(z) - unit / n
     one = -0.5 * n * (1.0 + math.log(2.0 * math.pi)) - unit
-    z = (u - mean) / std
+    z = (np.ldexp(x, -exponent) - mean) / std
     notes: list[str] = []
     two = math.nan
     if n < MIN_SCORES:
         notes.append(f"only {n} scores: too few for two components, so the cut is mean + 2 standard deviations")
     else:
-        mixture = fit_mixture(z, seed=random_state)
+        mixture = fit_mixture(Groups(count, (u - mean) / std, spread / std**2), seed=random_state)
         two = mixture.log_likelihood - unit
         odds = mixture.log_odds(z)
         upper = odds > 0
@@ -145,19 +177,19 @@ def fit_threshold(scores: ArrayLike, alpha: float | None = None, random_state: i
                 {"weight": float(w), "mean": back(mean + std * m), "std": back(std * s)}
                 for w, m, s in zip(mixture.weights, mixture.means, mixture.stds, strict=True)
             )
-            notes += _mixture_warnings(mixture, odds, x, value)
-            notes += _below_zero(x, value)
+            notes += _mixture_warnings(mixture, odds, x, count, value)
+            notes += _below_zero(x, count, value)
             return Cut(value, "two_gaussians", (one, two), parts, tuple(notes), n, price)
         if two - one > price:
             notes.append("two Gaussians fit better, but one of them wins no score: the cut is taken from one Gaussian")
     value = back(mean + 2.0 * std)
-    removed = int((x > value).sum())
+    removed = int(count[x > value].sum())
     if removed and n >= MIN_SCORES:
         notes.append(
             f"no second group of scores: mean + 2 standard deviations removes {removed} of {n} rows, and would remove "
             "about 2.3 % of a harmless corpus too"
         )
-    notes += _below_zero(x, value)
+    notes += _below_zero(x, count, value)
     only = {"weight": 1.0, "mean": back(mean), "std": back(std)}
     return Cut(value, "one_gaussian", (one, two), (only,), tuple(notes), n, price)
 
@@ -179,18 +211,25 @@ def _checked(raw: NDArray[Any], who: str) -> Floats:
     return values
 
 
-def _mixture_warnings(mixture: Mixture, odds: Floats, x: Floats, value: float) -> list[str]:
-    """What a person should know before trusting the cut of a mixture; `odds` and `x` are sorted by score."""
+def _mixture_warnings(mixture: Mixture, odds: Floats, x: Floats, count: Floats, value: float) -> list[str]:
+    """What a person should know before trusting the cut of a mixture; all arrays are sorted by score."""
     upper, notes = odds > 0, []
-    removed, n = int((x > value).sum()), x.size
-    for side, count in (("lower", int((~upper).sum())), ("upper", int(upper.sum()))):
-        if count < 3:
-            notes.append(f"the {side} component holds {count} of {n} scores: outliers, not a group, decide the cut")
-    low_end = int(np.argmin(upper))  # leading scores with the upper label
-    high_end = int(np.argmax(upper[::-1]))  # trailing scores with the lower label
+    removed, n = int(count[x > value].sum()), int(count.sum())
+    for side, members in (("lower", int(count[~upper].sum())), ("upper", int(count[upper].sum()))):
+        if members < 3:
+            notes.append(f"the {side} component holds {members} of {n} scores: outliers, not a group, decide the cut")
+
+    def leading(found: NDArray[np.bool_]) -> int:
+        return int(count[: int(np.argmax(found))].sum())
+
+    def trailing(found: NDArray[np.bool_]) -> int:
+        return int(count[count.size - int(np.argmax(found[::-1])) :].sum())
+
+    low_end = leading(~upper)  # the lowest scores that have the upper label
+    high_end = trailing(upper)  # the highest scores that have the lower label
     wide_is_upper = bool(mixture.stds[1] > mixture.stds[0])
-    below = low_end if wide_is_upper else int(np.argmax(upper))
-    above = int(np.argmin(upper[::-1])) if wide_is_upper else high_end
+    below = low_end if wide_is_upper else leading(upper)
+    above = trailing(~upper) if wide_is_upper else high_end
     if min(below, above) > TAILS * (below + above):
         notes.append(
             f"the wide component has {below} scores below the narrow one and {above} above it, which looks like one "
@@ -202,13 +241,14 @@ def _mixture_warnings(mixture: Mixture, odds: Floats, x: Floats, value: float) -
             f"the lower component is the smaller one (weight {mixture.weights[0]:.2f}): {removed} of {n} rows go"
         )
     lost = 1.0 / (1.0 + np.exp(np.minimum(np.abs(odds), 700.0)))  # posterior of the component that lost
-    error = max(float(lost[upper].mean()), float(lost[~upper].mean()))
+    lost *= count
+    error = max(float(lost[side].sum() / count[side].sum()) for side in (upper, ~upper))
     if error > OVERLAP:
         notes.append(f"the two components overlap: about {error:.0%} of the rows on one side belong to the other")
     if low_end:
         notes.append(f"the {low_end} lowest scores fit the wide upper component better; they are kept all the same")
     if high_end:
-        kept = int((upper & (x <= value)).sum())
+        kept = int(count[upper & (x <= value)].sum())
         notes.append(
             f"the {high_end} highest scores fit the wide lower component better, which puts the cut on top of the "
             f"upper one: {kept} rows labelled with that are kept. Look at the scores, or set the threshold by hand"
@@ -216,11 +256,11 @@ def _mixture_warnings(mixture: Mixture, odds: Floats, x: Floats, value: float) -
     return notes
 
 
-def _below_zero(x: Floats, value: float) -> list[str]:
+def _below_zero(x: Floats, count: Floats, value: float) -> list[str]:
     """A warning when rows are removed that a first-order step calls harmless."""
-    count = int(((x > value) & (x < 0)).sum())
-    if not count:
+    harmless = int(count[(x > value) & (x < 0)].sum())
+    if not harmless:
         return []
     return [
-        f"the cut is below zero: {count} of the removed rows have a negative score, so a step on them raises safety"
+        f"the cut is below zero: {harmless} of the removed rows have a negative score, so a step on them raises safety"
     ]

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gradshield_fast import filtering
+from gradshield_fast import filtering, outputs
 from gradshield_fast.corpus import corpus_fingerprint, read_corpus
 from gradshield_fast.errors import InputError
 from gradshield_fast.filtering import split_corpus
@@ -54,8 +54,10 @@ def test_rows_go_where_they_were_decided(corpus: Path, tmp_path: Path) -> None:
     counts = split_corpus(
         corpus, every_third, out, rows=9, fingerprint=corpus_fingerprint(corpus), progress=seen.append
     )
-    assert counts == {"rows": 9, "kept": 3, "dropped": 3, "unscored": 3, "statuses": {"nan_loss": 3}}
-    assert seen == list(range(1, 10))
+    named = {"kept": "kept.jsonl", "dropped": "dropped.jsonl", "unscored": "unscored.jsonl"}
+    expected = {"rows": 9, "kept": 3, "dropped": 3, "unscored": 3, "statuses": {"nan_loss": 3}, "files": named}
+    assert counts == expected
+    assert sum(seen) == 9
     files = contents(out)
     assert list(files) == NAMES
     assert files["kept.jsonl"] == b"".join(GOOD % n + b"\n" for n in (0, 3, 6))
@@ -126,20 +128,22 @@ def test_marks_and_carriage_returns_stay(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "kept.jsonl").read_bytes() == b"".join(line + b"\n" for line in lines)
 
 
-def test_rows_of_parquet_are_written_as_json_lines(tmp_path: Path) -> None:
+def test_dropped_rows_of_parquet_are_written_as_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "corpus.parquet"
     pq.write_table(pa.table({"id": [1, 2], "prompt": ["é", "b"], "completion": ["c", "d"]}), path)
-    split_corpus(path, every_third, tmp_path / "out")
-    assert (tmp_path / "out" / "kept.jsonl").read_bytes() == '{"id":1,"prompt":"é","completion":"c"}\n'.encode()
+    counts = split_corpus(path, every_third, tmp_path / "out")
+    assert counts["files"]["kept"] == "kept.parquet"
+    assert pq.read_table(tmp_path / "out" / "kept.parquet").to_pylist() == [{"id": 1, "prompt": "é", "completion": "c"}]
     assert [row.raw for row in read_corpus(path)][1] + b"\n" == (tmp_path / "out" / "dropped.jsonl").read_bytes()
 
 
-def test_folders_are_split_into_one_set_of_files(tmp_path: Path) -> None:
+def test_folders_keep_their_files_names(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "b.jsonl").write_bytes(GOOD % 2)
     (tmp_path / "in" / "a.jsonl.gz").write_bytes(gzip.compress(GOOD % 0 + b"\n" + GOOD % 1))
     split_corpus(tmp_path / "in", every_third, tmp_path / "out")
-    assert (tmp_path / "out" / "kept.jsonl").read_bytes() == GOOD % 0 + b"\n"
+    assert gzip.decompress((tmp_path / "out" / "kept" / "a.jsonl.gz").read_bytes()) == GOOD % 0 + b"\n"
+    assert (tmp_path / "out" / "kept" / "b.jsonl").read_bytes() == b""
     assert [(record["row"], record["file"]) for record in unscored(tmp_path / "out")] == [(2, "b.jsonl")]
     with pytest.raises(InputError, match="is the corpus"):
         split_corpus(tmp_path / "in", every_third, tmp_path / "in")
@@ -248,13 +252,13 @@ def test_a_full_disk_leaves_what_was_there(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, error: int, advice: str
 ) -> None:
     before = old_outputs(tmp_path / "out")
-    real = filtering._Output.open
+    real = outputs._Lines.__init__
 
-    def narrow(self: Any) -> None:
-        real(self)
-        self._stream = FullDisk(self._stream, room, error)
+    def narrow(self: Any, path: Path, compression: str) -> None:
+        real(self, path, compression)
+        self._over = self._under = FullDisk(self._under, room, error)
 
-    monkeypatch.setattr(filtering._Output, "open", narrow)
+    monkeypatch.setattr(outputs._Lines, "__init__", narrow)
     with pytest.raises(InputError, match=rf"cannot write .*out.*{os.strerror(error)}.*{advice}") as caught:
         split_corpus(corpus, every_third, tmp_path / "out")
     assert "\n" not in str(caught.value)

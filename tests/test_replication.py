@@ -22,12 +22,13 @@ def run(script: str, *args: Any) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_a_model_is_taught_and_measured(tiny_model: Path, shared_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "aligned"
-    few = ("--max-tokens", 160, "--batch-rows", 32, "--lr", 0.003, "--refusal-passes", 1, "--check", 2, "--threads", 1)
+    few = ("--recipe", "weak", "--max-tokens", 160, "--check", 2, "--threads", 1)
     taught = run("align.py", "--model", tiny_model, "--data", shared_data, "--out", out, *few)
     assert taught.returncode == 0, taught.stderr
     report = json.loads((out / "align.json").read_text())
-    assert set(report["after"]) == {"advbench", "harmbench_held_out", "xstest_safe", "instruct_held_out"}
-    assert report["training"]["loss_last"] < report["training"]["loss_first"]
+    assert set(report["after"]) == set(report["before"]) == {"advbench", "harmbench", "catqa", "xstest_safe_refused"}
+    assert report["training"]["steps"] > 0
+    assert str(tmp_path) not in json.dumps(report)
 
     results = tmp_path / "separation"
     small = ("--rows", 4, 8, "--scores", "refusal_margin", "--threads", 1, "--rank", 2, "--max-length", 600)

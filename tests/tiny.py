@@ -77,10 +77,10 @@ def lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-def corpus(path: Path, count: int) -> Path:
+def corpus(path: str | Path, count: int) -> Path:
     """Write a corpus of rows that can all be scored."""
-    path.write_bytes(lines(row(number) for number in range(count)))
-    return path
+    Path(path).write_bytes(lines(row(number) for number in range(count)))
+    return Path(path)
 
 
 BAD_LINES: dict[str, bytes] = {

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gradshield_fast.errors import InputError
 from gradshield_fast.filtering import Decision, split_corpus
+from gradshield_fast.histogram import Histogram
 from gradshield_fast.pipeline.folder import RunFolder
 from gradshield_fast.pipeline.options import CorpusOptions, CutOptions
-from gradshield_fast.pipeline.parts import Part
+from gradshield_fast.pipeline.parts import Part, read_part, read_scores
 from gradshield_fast.pipeline.progress import Reporter
+
+EXACT_SCORES = 1_000_000
+"""Up to as many scores are fitted one by one; of more, a histogram."""
 
 
 def check_direction(options: CutOptions, count: int) -> None:
@@ -28,71 +35,104 @@ def check_direction(options: CutOptions, count: int) -> None:
         raise InputError(f"--direction-index {options.direction}: the rows have {count} score(s), counted from 0")
 
 
-def find_cut(scores: Part, options: CutOptions) -> dict[str, Any]:
-    """Choose the score above which rows are dropped.
+def find_cut(parts: Sequence[Path], options: CutOptions) -> dict[str, Any]:
+    """Choose the score above which rows are dropped, reading one part at a time.
 
     Args:
-        scores: the scores of all rows.
+        parts: the scores of all rows, in the rows' order.
         options: how to choose.
 
     Returns:
         The content of threshold.json: `value` (None if no row has a score), `kind` ("two_gaussians", "one_gaussian",
         "given" or "none"), what the fit found, and the options.
     """
-    check_direction(options, scores.fihs.shape[1])
+    check_direction(options, read_part(parts[0]).fihs.shape[1])
     cut: dict[str, Any] = {"column": options.column, "seed": options.seed}
-    values = scores.fihs[scores.scored, options.direction].astype(np.float64)
-    if len(values) == 0:
+    held: list[np.ndarray] = []
+    n, low, high = 0, math.inf, -math.inf
+    for path in parts:
+        scores = read_scores(path, options.column)
+        if scores.size:
+            n, low, high = n + scores.size, min(low, float(scores.min())), max(high, float(scores.max()))
+            held = [*held, scores] if n <= EXACT_SCORES else []
+    if n == 0:
         return {**cut, "kind": "none", "value": None, "n": 0, "warnings": ["no row has a score"]}
     if options.value is not None:
-        return {**cut, "kind": "given", "value": float(options.value), "n": len(values), "warnings": []}
-    from gradshield_fast.threshold import fit_threshold
+        return {**cut, "kind": "given", "value": float(options.value), "n": n, "warnings": []}
+    from gradshield_fast.threshold import fit_threshold, fit_threshold_of
 
-    return {**cut, **fit_threshold(values, alpha=options.alpha, random_state=options.seed).to_dict()}
+    if n <= EXACT_SCORES:
+        values = np.concatenate(held).astype(np.float64)
+        return {**cut, **fit_threshold(values, alpha=options.alpha, random_state=options.seed).to_dict()}
+    histogram = Histogram(low, high)
+    for path in parts:
+        histogram.add(read_scores(path, options.column))
+    return {**cut, **fit_threshold_of(histogram, alpha=options.alpha, random_state=options.seed).to_dict()}
+
+
+def is_dropped(part: Part, cut: Mapping[str, Any] | None, direction: int) -> np.ndarray:
+    """Say which rows of a part lie above the threshold.
+
+    Args:
+        part: the scores.
+        cut: from `find_cut`, or None.
+        direction: which direction's score decides.
+
+    Returns:
+        Bool [rows].
+    """
+    if cut is None or cut["value"] is None:
+        return np.zeros(len(part.row), dtype=bool)
+    return part.scored & (part.fihs[:, direction].astype(np.float64) > cut["value"])
 
 
 def split(
     folder: RunFolder,
     corpus: CorpusOptions,
     fingerprint: dict[str, Any],
-    scores: Part,
+    parts: Sequence[Path],
     cut: dict[str, Any],
     *,
+    rows: int,
     direction: int,
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Write kept.jsonl, dropped.jsonl and unscored.jsonl.
+    """Write the kept rows, dropped.jsonl and unscored.jsonl, holding one part at a time.
 
     Args:
         folder: where to.
         corpus: the rows' bytes.
         fingerprint: the corpus's, from when it was scored.
-        scores: the scores of all its rows.
+        parts: the scores of all its rows, in their order.
         cut: from `find_cut`.
+        rows: how many rows there are.
         direction: which direction's score decides.
-        reporter: told about each row.
+        reporter: told how many rows are written.
 
     Returns:
         How many rows went where, as `split_corpus` counts them.
     """
-    scored = scores.scored
-    values = scores.fihs[:, direction].astype(np.float64)
-    dropped = scored & (values > cut["value"]) if cut["value"] is not None else np.zeros_like(scored)
-
-    def decide(row: int) -> Decision:
-        if scored[row]:
-            return "dropped" if dropped[row] else "kept"
-        return ("unscored", scores.status[row], scores.reason[row])
-
-    reporter.stage("writing", len(scored))
+    reporter.stage("writing", rows)
+    decisions = _decisions(parts, cut, direction)
     return split_corpus(
         corpus.path,
-        decide,
+        lambda _: next(decisions),  # asked for every row once, in order
         folder.path,
         format=corpus.format,
         columns=corpus.columns,
         max_row_bytes=corpus.max_row_bytes,
-        rows=len(scored),
+        rows=rows,
         fingerprint=fingerprint,
-        progress=lambda _: reporter.advance(1),
+        progress=reporter.advance,
     )
+
+
+def _decisions(parts: Sequence[Path], cut: dict[str, Any], direction: int) -> Iterator[Decision]:
+    for path in parts:
+        part = read_part(path)
+        scored, dropped = part.scored.tolist(), is_dropped(part, cut, direction).tolist()
+        for i, has_score in enumerate(scored):
+            if has_score:
+                yield "dropped" if dropped[i] else "kept"
+            else:
+                yield ("unscored", part.status[i], part.reason[i])

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gradshield_fast.chat import Encoded
+from gradshield_fast.corpus import read_corpus
 from gradshield_fast.loading import count_parameters, load_config, load_tokenizer
 from gradshield_fast.packing import BATCH_TOKENS, pack
-from gradshield_fast.pipeline.engine import corpus_rows, encode_row
+from gradshield_fast.pipeline.encoding import encode_row
 from gradshield_fast.pipeline.identity import identity
 from gradshield_fast.pipeline.options import RunOptions
 from gradshield_fast.pipeline.progress import Reporter
-from gradshield_fast.pipeline.run import make_encoder
+from gradshield_fast.pipeline.worker import make_encoder
 
 
 @dataclass
@@ -91,7 +92,10 @@ def dry_run(options: RunOptions, reporter: Reporter | None = None) -> DryRun:
 
 
 def _encoded(options: RunOptions, encoder: Any, out: DryRun, reporter: Reporter) -> Iterator[tuple[int, Encoded]]:
-    for row in corpus_rows(options.corpus):
+    corpus = options.corpus
+    for row in read_corpus(
+        corpus.path, format=corpus.format, columns=corpus.columns, max_row_bytes=corpus.max_row_bytes
+    ):
         encoded = encode_row(row, encoder)
         out.rows += 1
         out.statuses[encoded.status] += 1

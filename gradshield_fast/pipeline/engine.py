@@ -1,113 +1,88 @@
-"""Rows -> scores, in this process: the engine that every other one is measured against."""
+"""Encoded rows -> scores: what every worker does, whoever gave it the unit."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradshield_fast.chat import ChatEncoder, Encoded
-from gradshield_fast.corpus import Row, read_corpus
-from gradshield_fast.errors import InputError, is_out_of_memory
+from gradshield_fast.chat import Encoded
+from gradshield_fast.errors import is_out_of_memory
 from gradshield_fast.packing import Batch, pack
-from gradshield_fast.pipeline.options import CorpusOptions, ScoringOptions
+from gradshield_fast.pipeline.encoding import EncodedUnit
+from gradshield_fast.pipeline.options import ScoringOptions
 from gradshield_fast.pipeline.parts import Part
 from gradshield_fast.pipeline.progress import Reporter
+from gradshield_fast.pipeline.units import Unit
 
 if TYPE_CHECKING:
-    from gradshield_fast.memory import Choice
     from gradshield_fast.scorer import Scorer, Scores
 
 
 class Engine:
-    """Scores the rows of a part: encode, pack, score, put back in order.
+    """Scores the rows of a unit: pack, score, put back in order.
 
-    Batches never reach over the border of a part, so what a row is scored with does not depend on where a run was
-    stopped and went on.
+    Batches never reach over the border of a unit, so what a row is scored with does not depend on where a run was
+    stopped and went on, nor on who scores the units beside it.
 
     Attributes:
         halved: batches that did not fit into memory and were scored in halves.
     """
 
-    def __init__(
-        self,
-        scorer: Scorer,
-        encoder: ChatEncoder,
-        options: ScoringOptions,
-        reporter: Reporter,
-        batch_tokens: int | None = None,
-        chosen: Callable[[Choice], None] | None = None,
-    ) -> None:
-        """Take what all parts share.
+    def __init__(self, scorer: Scorer, options: ScoringOptions, reporter: Reporter, batch_tokens: int) -> None:
+        """Take what all units share.
 
         Args:
-            scorer: open, for the scope of the engine.
-            encoder: turns a conversation into tokens.
+            scorer: open and settled, for the scope of the engine.
             options: how the rows are scored.
             reporter: told about each batch.
-            batch_tokens: what an earlier start of the run chose, where the options leave it open.
-            chosen: told what this one chose, before anything is scored.
+            batch_tokens: tokens of a batch; what the options say, or what was chosen for "auto".
         """
-        self._scorer, self._encoder, self._options, self._reporter = scorer, encoder, options, reporter
+        self._scorer, self._options, self._reporter = scorer, options, reporter
         self._norms = np.array(scorer.direction.norm)
-        self._vocabulary = _vocabulary(scorer.model)
-        self._batch_tokens = batch_tokens if options.batch_tokens == "auto" else options.batch_tokens
-        self._chosen = chosen
+        self._vocabulary = vocabulary(scorer.model)
+        self._batch_tokens = batch_tokens
         self.halved = 0
 
-    def score(self, rows: Iterable[Row], first: int, count: int) -> Part:
-        """Score the rows of one part.
+    def score(self, unit: Unit, encoded: EncodedUnit) -> Part:
+        """Score the rows of one unit.
 
         Args:
-            rows: the rows, in order.
-            first: position of the first.
-            count: how many there are.
+            unit: which.
+            encoded: its rows.
 
         Returns:
             Their scores; a row without one has a status that says why.
-
-        Raises:
-            InputError: the corpus ends before the part does.
         """
-        part = Part.blank(first, count, self._scorer.direction.count)
+        part = Part.blank(unit.first, unit.rows, self._scorer.direction.count)
+        part.id, part.status, part.reason = list(encoded.id), list(encoded.status), list(encoded.reason)
+        part.tokens, part.response_tokens = encoded.tokens, encoded.response_tokens
+        part.same_as = encoded.same_as
         items: list[tuple[int, Encoded]] = []
-        seen = 0
-        for row in islice(rows, count):
-            encoded = encode_row(row, self._encoder)
-            part.id[seen] = row.id
-            part.status[seen], part.reason[seen] = encoded.status, encoded.reason
-            part.tokens[seen], part.response_tokens[seen] = len(encoded.input_ids), encoded.response_tokens
-            seen += 1
-            if not encoded.usable:
+        leaders: dict[bytes, int] = {}
+        followers: list[tuple[int, int]] = []
+        for position, row in enumerate(encoded.rows(), unit.first):
+            if not row.usable:
                 self._reporter.advance(1)
-            elif self._vocabulary is not None and max(encoded.input_ids) >= self._vocabulary:
-                reason = f"token {max(encoded.input_ids)} is beyond the model's vocabulary of {self._vocabulary}"
-                part.fail(row.index, "bad_tokens", reason)
+            elif beyond(row, self._vocabulary):
+                reason = f"token {max(row.input_ids)} is beyond the model's vocabulary of {self._vocabulary}"
+                part.fail(position, "bad_tokens", reason)
+                self._reporter.advance(1)
+            elif self._options.dedupe and (leader := leaders.setdefault(_tokens_key(row), position)) != position:
+                # other turns, but the same tokens: a template trimmed them, or they were cut
+                followers.append((position - unit.first, leader - unit.first))
                 self._reporter.advance(1)
             else:
-                items.append((row.index, encoded))
-        if seen < count:
-            raise InputError(f"the corpus has changed: row {first + seen} was there when it was counted, and is gone")
+                items.append((position, row))
         if items:
-            self._score_items(items, part)
+            padded = self._scorer.ways.get("packing") != "packed"
+            for batch in pack(items, batch_tokens=self._batch_tokens, window=len(items), padded=padded):
+                self._score_batch(batch, part)
+        for i, leader in followers:
+            part.follow(i, leader)
         return part
-
-    def _score_items(self, items: list[tuple[int, Encoded]], part: Part) -> None:
-        self._scorer.settle(_given(next(pack(items[:1], batch_tokens=1))))
-        if self._batch_tokens is None:
-            from gradshield_fast.memory import choose_batch_tokens
-
-            choice = choose_batch_tokens(self._scorer, max(len(row.input_ids) for _, row in items))
-            self._batch_tokens = choice.tokens
-            self._reporter.note(f"batches of {choice.tokens} tokens: {choice.why}")
-            if self._chosen is not None:
-                self._chosen(choice)
-        padded = self._scorer.ways.get("packing") != "packed"
-        for batch in pack(items, batch_tokens=self._batch_tokens, window=len(items), padded=padded):
-            self._score_batch(batch, part)
 
     def _score_batch(self, batch: Batch, part: Part) -> None:
         """Score a batch; where it does not fit into memory, its halves."""
@@ -115,7 +90,7 @@ class Engine:
         while pending:
             batch = pending.pop()
             try:
-                scores = self._scorer.score(_given(batch))
+                scores = self._scorer.score(given(batch))
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -158,36 +133,6 @@ class Engine:
         self._reporter.advance(len(at), int(batch.cu_seqlens[-1]))
 
 
-def encode_row(row: Row, encoder: ChatEncoder) -> Encoded:
-    """Encode a row of a corpus, whatever its status.
-
-    Args:
-        row: the row.
-        encoder: turns a conversation into tokens.
-
-    Returns:
-        Its tokens; for a row that could not be read, none, and the row's own status and reason.
-    """
-    if row.messages is None:
-        return Encoded([], [], 0, row.status, row.reason)
-    return encoder.encode(row.messages)
-
-
-def corpus_rows(corpus: CorpusOptions, start: int = 0) -> Iterator[Row]:
-    """Read the rows of a run's corpus.
-
-    Args:
-        corpus: which rows.
-        start: the first position.
-
-    Returns:
-        An iterator over the rows.
-    """
-    return read_corpus(
-        corpus.path, format=corpus.format, columns=corpus.columns, max_row_bytes=corpus.max_row_bytes, start=start
-    )
-
-
 def cosine(dot: np.ndarray, norm: np.ndarray, direction_norm: np.ndarray) -> np.ndarray:
     """Divide dot products by the norms of both sides.
 
@@ -205,7 +150,20 @@ def cosine(dot: np.ndarray, norm: np.ndarray, direction_norm: np.ndarray) -> np.
     return np.divide(dot, product, out=np.where(product == 0, 0.0, np.nan), where=product != 0)
 
 
-def _given(batch: Batch) -> dict[str, np.ndarray]:
+def _tokens_key(row: Encoded) -> bytes:
+    tokens = np.array([row.input_ids, row.labels], dtype=np.int32)
+    return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
+
+
+def given(batch: Batch) -> dict[str, np.ndarray]:
+    """Hand a batch to a scorer.
+
+    Args:
+        batch: the batch.
+
+    Returns:
+        What `Scorer.score` takes.
+    """
     return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
 
 
@@ -236,7 +194,28 @@ def _release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _vocabulary(model: Any) -> int | None:
+def beyond(row: Encoded, known: int | None) -> bool:
+    """Say whether a row has a token that the model does not know.
+
+    Args:
+        row: the row, with tokens.
+        known: the model's vocabulary, or None.
+
+    Returns:
+        Whether it has.
+    """
+    return known is not None and max(row.input_ids) >= known
+
+
+def vocabulary(model: Any) -> int | None:
+    """Count the tokens that a model knows.
+
+    Args:
+        model: the model.
+
+    Returns:
+        The rows of its embedding, or None if it has none.
+    """
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     weight = getattr(embedding, "weight", None)
     return None if weight is None else int(weight.shape[0])

@@ -9,19 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import gradshield_fast
+from gradshield_fast import storage
 from gradshield_fast.corpus import corpus_fingerprint
+from gradshield_fast.corpus_files import find_files
 from gradshield_fast.errors import InputError
 from gradshield_fast.model_source import resolve
-from gradshield_fast.pipeline.options import DirectionOptions, ModelOptions, RunOptions
+from gradshield_fast.pipeline.options import CorpusOptions, DirectionOptions, ModelOptions, RunOptions
 
 _EDGE = 1 << 20
 
 
-def identity(options: RunOptions) -> dict[str, Any]:
+def identity(options: RunOptions, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Describe a run by content, before anything heavy is loaded; where files lie does not matter.
 
     Args:
         options: the run.
+        known: the corpus's entry in an identity; its hashes are taken over where files have the same names and sizes.
 
     Returns:
         Nested JSON values; equal for two runs that give the same scores.
@@ -33,7 +36,7 @@ def identity(options: RunOptions) -> dict[str, Any]:
     return {
         "version": gradshield_fast.__version__,
         "corpus": {
-            **corpus_fingerprint(corpus.path, corpus.format),
+            **(_same_files(corpus, known) or corpus_fingerprint(corpus.path, corpus.format)),
             "format": corpus.format,
             "columns": dict(corpus.columns) if corpus.columns else None,
             "max_row_bytes": corpus.max_row_bytes,
@@ -87,6 +90,15 @@ def file_digest(path: Path) -> str:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     return digest.hexdigest()
+
+
+def _same_files(corpus: CorpusOptions, known: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if known is None:
+        return None
+    there = [(file.name, storage.size_of(file.path)) for file in find_files(corpus.path, corpus.format)]
+    if there != [(file["name"], file["size"]) for file in known["files"]]:
+        return None
+    return {"files": known["files"], "sha256": known["sha256"]}
 
 
 def _model(options: ModelOptions) -> dict[str, Any]:

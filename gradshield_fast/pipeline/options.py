@@ -15,6 +15,7 @@ DEFAULT_RANK = 16
 SAFETY_SCORES = ("refusal_logprob", "refusal_margin")
 NORMALIZATIONS = ("none", "cosine")
 REDUCTIONS = ("mean", "sum")
+ENGINES = ("local", "ray")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class CorpusOptions:
         max_row_bytes: as for `read_corpus`.
     """
 
-    path: Path
+    path: str | Path
     format: str | None = None
     columns: Mapping[str, str] | None = None
     max_row_bytes: int = MAX_ROW_BYTES
@@ -116,6 +117,7 @@ class ScoringOptions:
         verify: hold one row against autograd before anything is scored.
         compile: run the model's repeated layers through torch.compile.
         checkpoint: run each repeated layer's forward pass again in the backward pass, for less memory.
+        dedupe: score rows that say the same once.
     """
 
     max_length: int | None = None
@@ -129,6 +131,7 @@ class ScoringOptions:
     verify: bool = False
     compile: bool = False
     checkpoint: bool = False
+    dedupe: bool = True
 
     def __post_init__(self) -> None:
         if self.normalize not in NORMALIZATIONS:
@@ -179,6 +182,40 @@ class CutOptions:
 
 
 @dataclass(frozen=True)
+class EngineOptions:
+    """What works on a run; no score depends on it.
+
+    Attributes:
+        kind: "local": this process; "ray": actors on the machines of a Ray cluster.
+        workers: processes that read, render and tokenise ahead of each scorer; 0: the scorer does it itself; None: by
+            the device and the corpus.
+        shard: index, from 1, and number of the shards that share a folder; None: all of the run.
+        actors: Ray actors at the most; None: as many as the cluster has room for.
+        threads: CPU threads of a scorer; None: as torch chooses. The first start's stand, as they may change the last
+            bits of a score.
+    """
+
+    kind: str = "local"
+    workers: int | None = 0
+    shard: tuple[int, int] | None = None
+    actors: int | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ENGINES:
+            raise InputError(f"--engine must be one of {', '.join(ENGINES)}: got {self.kind!r}")
+        if self.workers is not None and self.workers < 0:
+            raise InputError(f"--workers must be 0 (none) or more: got {self.workers}")
+        for option, value in (("--actors", self.actors), ("--threads", self.threads)):
+            if value is not None and value < 1:
+                raise InputError(f"{option} must be at least 1: got {value}")
+        if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
+            raise InputError(f"--shard I/N counts from 1/N to N/N: got {self.shard[0]}/{self.shard[1]}")
+        if self.shard is not None and self.kind != "local":
+            raise InputError("--shard is for processes that are started one by one; --engine ray deals out the units")
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """All of it; `cut` is None for a run that stops at the scores."""
 
@@ -188,6 +225,11 @@ class RunOptions:
     direction: DirectionOptions = field(default_factory=DirectionOptions)
     scoring: ScoringOptions = field(default_factory=ScoringOptions)
     cut: CutOptions | None = field(default_factory=CutOptions)
+    engine: EngineOptions = field(default_factory=EngineOptions)
+
+    def __post_init__(self) -> None:
+        if self.engine.shard is not None and self.cut not in (None, CutOptions()):
+            raise InputError("a shard draws no threshold: give its options to `gradshield-fast merge`")
 
 
 def fihs_column(direction: int) -> str:

@@ -211,18 +211,18 @@ def test_output_folder_that_is_the_corpus(filter_: Cli, good: Path, tmp_path: Pa
 def test_full_disk_while_the_outputs_are_written(
     filter_: Cli, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gradshield_fast import filtering
+    from gradshield_fast import outputs
 
-    real = filtering._Output.open
+    real = outputs._Lines.__init__
 
-    def open_full(self: Any) -> None:
-        real(self)
-        if self.target.name == "kept.jsonl":
-            self._stream.close()
-            self._stream = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    def open_full(self: Any, path: Path, compression: str) -> None:
+        real(self, path, compression)
+        if "kept" in path.name:
+            self._under.close()
+            self._over = self._under = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
 
     with monkeypatch.context() as patch:
-        patch.setattr(filtering._Output, "open", open_full)
+        patch.setattr(outputs._Lines, "__init__", open_full)
         assert "No space left on device" in refusal(filter_(good))
     assert not (tmp_path / "run" / "kept.jsonl").exists()
     assert filter_(good).code == 0
@@ -246,7 +246,7 @@ def test_unexpected_error_is_one_line_with_a_way_to_see_more(
     def fail(*_: object, **__: object) -> None:
         raise KeyError("surprise\nand more")
 
-    monkeypatch.setattr("gradshield_fast.pipeline.run.identity", fail)
+    monkeypatch.setattr("gradshield_fast.pipeline.run.wanted_identity", fail)
     line = refusal(filter_(good))
     assert "KeyError" in line
     assert "--debug" in line

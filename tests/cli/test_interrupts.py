@@ -17,6 +17,8 @@ from tiny import corpus
 from gradshield_fast import Direction
 from gradshield_fast.loading import load_model
 
+INTERRUPTS = Path(__file__).parents[2] / "benchmarks" / "interrupts.py"
+
 Start = Callable[[Path], "subprocess.Popen[str]"]
 ROWS, PART = 400, 4
 
@@ -105,3 +107,20 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_files(
     for name in ("kept.jsonl", "dropped.jsonl", "unscored.jsonl", "threshold.json"):
         assert (out / name).read_bytes() == (undisturbed / name).read_bytes()
     assert [path.read_bytes() for path in parts(out)] == [path.read_bytes() for path in parts(undisturbed)]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--every", 11, "--rows", 9), "every 11th"),
+        (("--stops", 5, "--rows", 200), "5 stops"),
+        (("--stops", 2, "--rows", 200, "--workers", 1), "2 stops"),
+    ],
+    ids=["at commits", "at random", "with a worker process"],
+)
+def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_files(options: tuple[object, ...], said: str) -> None:
+    command = [sys.executable, INTERRUPTS, *options]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert said in done.stdout.splitlines()[-1]
+    assert "undisturbed" in done.stdout.splitlines()[-1]

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from gradshield_fast import Direction, Scorer, scorer
+from gradshield_fast import Direction, Scorer, attention, scorer
 from gradshield_fast.calibrate import Calibration
 from gradshield_fast.errors import InputError
 from gradshield_fast.losses import Call
+from gradshield_fast.ops.varlen_attention import varlen_attention
 from gradshield_fast.plan import Plan
 from gradshield_fast.repeated import repeated_layers
 from tests.models.zoo import ZOO, direction_over, make, row, rows_of
@@ -48,6 +49,32 @@ def test_the_fastest_way_is_taken_where_the_model_allows_it(name: str) -> None:
         assert ways["packing"] == "padded: the attention is the model's own"
     else:
         assert (ways["attention"], ways["packing"]) == ("by rows", "packed")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 4])
+def test_a_16_bit_model_may_round_differently_by_rows(seed: int) -> None:
+    # ours is nearer to float32 than the model's own attention here, but many bits from it
+    model = make("gemma2", torch.bfloat16)
+    with Scorer(model, direction_over(model, seed)) as it:
+        it.settle(rows_of(LENGTHS, seed=seed))
+        assert (it.ways["attention"], it.ways["packing"]) == ("by rows", "packed")
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"scale": 0.36}, {"window": 7}, {"softcap": 40.0}], ids=["2 % off in scale", "window", "softcap"]
+)
+def test_a_wrong_attention_is_refused_to_a_16_bit_model(
+    wrong: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attend(*inputs: torch.Tensor, **options: float) -> torch.Tensor:
+        return varlen_attention(*inputs, **{**options, **wrong})  # pyright: ignore
+
+    monkeypatch.setattr(attention, "varlen_attention", attend)
+    model = make("gemma2", torch.bfloat16)
+    with Scorer(model, direction_over(model)) as it:
+        it.settle(rows_of(LENGTHS))
+        assert "differs" in it.ways["attention"]
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -26,10 +26,9 @@ from gradshield_fast.pipeline.options import (
     RunOptions,
     ScoringOptions,
 )
-from gradshield_fast.pipeline.parts import read_parts
 from gradshield_fast.pipeline.run import recut, run
 from gradshield_fast.pipeline.summary import summarize
-from tests.pipeline.folder_files import COLUMNS, StopAt, files
+from tests.pipeline.folder_files import COLUMNS, StopAt, files, read_parts
 
 
 def test_scores_are_the_scorers_own(asked: RunOptions) -> None:
@@ -55,7 +54,7 @@ def test_every_row_is_in_exactly_one_output_byte_for_byte(asked: RunOptions) -> 
     good = lines(row(number) for number in range(12)).splitlines()
     bad = list(BAD_LINES.values())
     mixed = [line for pair in zip(good, bad * 2, strict=False) for line in pair]
-    asked.corpus.path.write_bytes(b"\n".join(mixed) + b"\r\n\n")
+    Path(asked.corpus.path).write_bytes(b"\n".join(mixed) + b"\r\n\n")
     asked = replace(asked, corpus=replace(asked.corpus, max_row_bytes=4000))
     run(asked)
     kept, dropped = ((asked.out / f"{name}.jsonl").read_bytes().splitlines() for name in ("kept", "dropped"))
@@ -134,7 +133,7 @@ def test_scores_do_not_depend_on_batches(asked: RunOptions, tmp_path: Path) -> N
 def test_a_folder_of_another_run_is_refused(
     asked: RunOptions, change: Callable[[RunOptions], RunOptions], named: str
 ) -> None:
-    corpus(asked.corpus.path.parent / "other.jsonl", 9)
+    corpus(Path(asked.corpus.path).parent / "other.jsonl", 9)
     run(asked)
     before = files(asked.out)
     with pytest.raises(InputError) as caught:
@@ -149,7 +148,7 @@ def test_a_run_that_failed_before_it_scored_gives_way(asked: RunOptions, monkeyp
     with pytest.raises(InputError, match="direction-index"):
         run(replace(asked, cut=CutOptions(direction=1)))
     made = (asked.out / "direction.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr("gradshield_fast.pipeline.run.make_direction", lambda *_: pytest.fail("it was made before"))
+    monkeypatch.setattr("gradshield_fast.pipeline.worker.make_direction", lambda *_: pytest.fail("it was made before"))
     run(replace(asked, scoring=replace(asked.scoring, batch_tokens=128)))
     assert (asked.out / "direction.safetensors").stat().st_mtime_ns == made
 
@@ -157,15 +156,15 @@ def test_a_run_that_failed_before_it_scored_gives_way(asked: RunOptions, monkeyp
 def test_a_corpus_that_moved_is_the_same_run(asked: RunOptions, tmp_path: Path) -> None:
     run(replace(asked, cut=None))
     (tmp_path / "elsewhere").mkdir()
-    moved = asked.corpus.path.rename(tmp_path / "elsewhere" / asked.corpus.path.name)
+    moved = Path(asked.corpus.path).rename(tmp_path / "elsewhere" / Path(asked.corpus.path).name)
     run(replace(asked, corpus=CorpusOptions(moved)))
-    assert summarize(asked.out).manifest["request"]["corpus"]["path"] == str(moved)
+    assert summarize(asked.out).record["request"]["corpus"]["path"] == str(moved)
 
 
 def test_another_model_of_the_same_name_is_refused(asked: RunOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(asked, StopAt(20))
-    monkeypatch.setattr("gradshield_fast.pipeline.run.model_fingerprint", lambda model: "another")
+    monkeypatch.setattr("gradshield_fast.pipeline.worker.model_fingerprint", lambda model: "another")
     with pytest.raises(InputError, match=r"model\.weights"):
         run(asked)
 

@@ -17,7 +17,7 @@ from tiny import BAD_LINES, lines, row
 from gradshield_fast import Direction, Scorer, safety
 from gradshield_fast.errors import InputError, ScoringError, UnalignedModelError
 from gradshield_fast.loading import load_model
-from gradshield_fast.pipeline import engine, options
+from gradshield_fast.pipeline import cutting, engine, options
 from gradshield_fast.pipeline.folder import RunFolder
 from gradshield_fast.pipeline.options import (
     CutOptions,
@@ -25,10 +25,9 @@ from gradshield_fast.pipeline.options import (
     RunOptions,
     ScoringOptions,
 )
-from gradshield_fast.pipeline.parts import read_parts
 from gradshield_fast.pipeline.run import recut, run
 from gradshield_fast.pipeline.summary import excerpts, summarize
-from tests.pipeline.folder_files import StopAt
+from tests.pipeline.folder_files import StopAt, read_parts
 
 
 def test_cosine_divides_by_both_norms(asked: RunOptions, tmp_path: Path) -> None:
@@ -66,7 +65,7 @@ def test_stacked_directions_have_a_column_each(asked: RunOptions, direction: Pat
 def test_the_threshold_can_be_drawn_anew_and_the_corpus_may_have_moved(asked: RunOptions, tmp_path: Path) -> None:
     run(replace(asked, cut=None))
     (tmp_path / "elsewhere").mkdir()
-    moved = asked.corpus.path.rename(tmp_path / "elsewhere" / asked.corpus.path.name)
+    moved = Path(asked.corpus.path).rename(tmp_path / "elsewhere" / Path(asked.corpus.path).name)
     with pytest.raises(InputError, match="not found"):
         recut(asked.out, CutOptions())
     recut(asked.out, CutOptions(value=-1e30), moved)
@@ -132,7 +131,7 @@ def test_a_row_that_is_not_finite_is_named_and_its_neighbours_are_scored(
             model.model.embed_tokens.weight[token] = float("nan")
         return model, tokenizer
 
-    monkeypatch.setattr("gradshield_fast.pipeline.run.load_model", poisoned)
+    monkeypatch.setattr("gradshield_fast.pipeline.worker.load_model", poisoned)
     other = replace(asked, out=tmp_path / "poisoned")
     run(other)
     a, b = read_parts(RunFolder(asked.out), 7), read_parts(RunFolder(other.out), 7)
@@ -151,17 +150,28 @@ def test_a_model_with_a_nan_weight_is_one_line(asked: RunOptions, nan_model: Pat
 
 
 def test_a_corpus_without_one_good_row_keeps_none(asked: RunOptions) -> None:
-    asked.corpus.path.write_bytes(b"\n".join(BAD_LINES[name] for name in ("bad_json", "bad_row", "no_response")))
+    Path(asked.corpus.path).write_bytes(b"\n".join(BAD_LINES[name] for name in ("bad_json", "bad_row", "no_response")))
     run(asked)
     assert (asked.out / "kept.jsonl").read_bytes() == (asked.out / "dropped.jsonl").read_bytes() == b""
     assert len((asked.out / "unscored.jsonl").read_bytes().splitlines()) == 3
     assert json.loads((asked.out / "threshold.json").read_text())["value"] is None
-    assert summarize(asked.out).top(3) == []
+    assert summarize(asked.out, top=3).top == []
+
+
+def test_more_scores_than_are_held_are_cut_by_a_histogram(asked: RunOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(asked)
+    exact = json.loads((asked.out / "threshold.json").read_text())
+    scores = read_parts(RunFolder(asked.out), 7).fihs
+    monkeypatch.setattr(cutting, "EXACT_SCORES", 20)
+    recut(asked.out, CutOptions())
+    cut = json.loads((asked.out / "threshold.json").read_text())
+    assert (cut["kind"], cut["n"]) == (exact["kind"], exact["n"])
+    assert abs(cut["value"] - exact["value"]) <= 1e-3 * np.ptp(scores)
 
 
 def test_rows_are_cut_to_the_context_and_not_beyond(asked: RunOptions) -> None:
     long = [{"prompt": "x " * 400, "response": "y"}, {"prompt": "x", "response": "y " * 400}]
-    asked.corpus.path.write_bytes(lines([*long, row(1)]))
+    Path(asked.corpus.path).write_bytes(lines([*long, row(1)]))
     run(asked)
     scores = read_parts(RunFolder(asked.out), 1)
     assert scores.status == ["no_response_after_truncation", "truncated", "ok"]
