@@ -1,6 +1,8 @@
 // Memory: who may read and write what, and when.
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 #include <utility>
 
 #include "emulator/machine.h"
@@ -16,9 +18,10 @@ void Machine::allow(const void* base, const int64_t* sizes, const int64_t* strid
     last += (sizes[d] - 1) * strides[d];
   }
   if (count <= 0) return;
-  Region region{static_cast<const char*>(base), {}, {}};
+  static_assert(kForbidden == 0, "what is not marked is forbidden");
   const size_t units = static_cast<size_t>(last + 1) * item_bytes / kUnit;
-  region.access.assign(units, kForbidden);
+  Region region{static_cast<const char*>(base), {static_cast<uint8_t*>(std::calloc(units, 1)), std::free}, units, {}};
+  if (region.access == nullptr) throw std::bad_alloc();
   region.writer.assign(output ? units : 0, 0);
   for (int64_t i = 0; i < count; ++i) {
     int64_t rest = i, at = 0;
@@ -26,7 +29,7 @@ void Machine::allow(const void* base, const int64_t* sizes, const int64_t* strid
       at += rest % sizes[d] * strides[d];
       rest /= sizes[d];
     }
-    std::fill_n(region.access.begin() + at * item_bytes / kUnit, item_bytes / kUnit, output ? kUnwritten : kReadable);
+    std::fill_n(region.access.get() + at * item_bytes / kUnit, item_bytes / kUnit, output ? kUnwritten : kReadable);
     if (output) memset(static_cast<char*>(const_cast<void*>(base)) + at * item_bytes, 0xff, item_bytes);  // a NaN
   }
   regions_.push_back(std::move(region));
@@ -34,11 +37,12 @@ void Machine::allow(const void* base, const int64_t* sizes, const int64_t* strid
 
 bool Machine::all_written(std::string* which) const {
   for (size_t r = 0; r < regions_.size(); ++r) {
-    const auto& access = regions_[r].access;
-    const auto hole = std::find(access.begin(), access.end(), static_cast<uint8_t>(kUnwritten));
-    if (hole == access.end()) continue;
+    if (regions_[r].writer.empty()) continue;
+    const uint8_t *access = regions_[r].access.get(), *end = access + regions_[r].units;
+    const uint8_t* hole = std::find(access, end, static_cast<uint8_t>(kUnwritten));
+    if (hole == end) continue;
     *which = "buffer " + std::to_string(r) + " was not written at byte " +
-             std::to_string((hole - access.begin()) * static_cast<long>(kUnit));
+             std::to_string((hole - access) * static_cast<long>(kUnit));
     return false;
   }
   return true;
@@ -52,7 +56,7 @@ Machine::Region* Machine::find(const void* p, size_t bytes, bool write, std::str
   }
   for (Region& region : regions_) {
     const auto at = static_cast<const char*>(p) - region.base;
-    if (at < 0 || (at + bytes) / kUnit > region.access.size()) continue;
+    if (at < 0 || (at + bytes) / kUnit > region.units) continue;
     bool good = true;
     for (size_t i = at / kUnit; i < (at + bytes) / kUnit; ++i) {
       const uint8_t access = region.access[i];

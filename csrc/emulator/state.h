@@ -49,7 +49,8 @@ struct Machine::Warp {
 // A buffer that kernels may touch: only the elements of the view, not what lies between its rows.
 struct Machine::Region {
   const char* base;
-  std::vector<uint8_t> access;
+  std::unique_ptr<uint8_t[], void (*)(void*)> access;  // by unit; zeros that no one touches take no memory
+  size_t units;
   std::vector<uint64_t> writer;  // launch, block and thread of the last write
 };
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from gradshield_fast.errors import InputError
 from gradshield_fast.files import write_whole
 
 ROUNDS = 5
-"""Timed calls of each backend, in turns; the median counts."""
+"""Timed calls of each backend, in turns; the fastest counts, since what else runs on a machine only ever adds."""
 
 Table = dict[str, dict[str, Any]]
 
@@ -53,7 +52,7 @@ def measurements() -> Table:
     """Read what was measured and what was preferred.
 
     Returns:
-        "op | device | shapes" -> {"backend", "milliseconds": {backend: median}}, or the same of a kernel and its
+        "op | device | shapes" -> {"backend", "milliseconds": {backend: least}}, or the same of a kernel and its
         tilings; "op" -> {"backend"} where a person preferred one.
     """
     with _LOCK:
@@ -160,14 +159,14 @@ def fastest(
     found = known(op, device, inputs)
     if found is not None and found in calls:
         return found
-    medians = _race(calls, clock)
-    if not medians:
+    fastest_of = _race(calls, clock)
+    if not fastest_of:
         return next(iter(calls))
     with _LOCK:
         try:
-            return _keep(key, _entry(medians, calls, gain), calls)
+            return _keep(key, _entry(fastest_of, calls, gain), calls)
         except InputError:  # it is measured again next time
-            least = {name: ms for name, ms in medians.items() if alike is None or name in alike} or medians
+            least = {name: ms for name, ms in fastest_of.items() if alike is None or name in alike} or fastest_of
             _table()[key] = _entry(least, calls, gain)
             return _table()[key]["backend"]
 
@@ -177,7 +176,7 @@ def _key(op: str, device: str, inputs: Sequence[Any]) -> str:
 
 
 def _race(calls: Mapping[str, Callable[[], Any]], clock: Callable[[Callable[[], Any]], float]) -> dict[str, float]:
-    """Time calls in turns; the median of each that does not raise."""
+    """Time calls in turns; the least of each that does not raise."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(ROUNDS + 1):
         for name in list(times):
@@ -189,15 +188,15 @@ def _race(calls: Mapping[str, Callable[[], Any]], clock: Callable[[Callable[[], 
                 continue
             if turn:  # the first call compiles and tunes
                 times[name].append(spent)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: min(values) for name, values in times.items()}
 
 
-def _entry(medians: Mapping[str, float], calls: Mapping[str, Any], gain: float) -> dict[str, Any]:
+def _entry(fastest_of: Mapping[str, float], calls: Mapping[str, Any], gain: float) -> dict[str, Any]:
     """What is kept of a race. A gain below `gain` is noise: the first of the calls stays."""
-    best, first = min(medians, key=lambda name: medians[name]), next(iter(calls))
-    if first in medians and medians[best] > (1 - gain) * medians[first]:
+    best, first = min(fastest_of, key=lambda name: fastest_of[name]), next(iter(calls))
+    if first in fastest_of and fastest_of[best] > (1 - gain) * fastest_of[first]:
         best = first
-    return {"backend": best, "milliseconds": {name: round(ms, 5) for name, ms in medians.items()}}
+    return {"backend": best, "milliseconds": {name: round(ms, 5) for name, ms in fastest_of.items()}}
 
 
 def _keep(key: str, entry: dict[str, Any], calls: Mapping[str, Any]) -> str:

@@ -136,8 +136,8 @@ def not_for_auto(room: str, *inputs: torch.Tensor) -> tuple[bool, str | None]:
 def contested(work: int) -> bool:
     """Say whether a product of these kernels in float32 should be timed against torch's.
 
-    With AVX-512 that was 2.1 times as fast here on an AMD EPYC and 0.6 times on an Intel Xeon, for which torch's is
-    written. Below, the rooms' rules decide.
+    With AVX-512 that was 1.5 to 2.2 times as fast on an AMD EPYC and 0.6 times on an Intel Xeon (before these
+    kernels shared torch's threads). Below, the rooms' rules decide.
 
     Args:
         work: multiply-adds.

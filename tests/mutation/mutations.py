@@ -215,8 +215,8 @@ IN_CPP = (
         "scaled",
         "products a thousandth too large",
         "common/product.h",
-        "const Vec left = set1(x[r][k * step]);",
-        "const Vec left = set1(x[r][k * step] * 1.001f);",
+        "const Vec left = set1(x[r * kDepth + k]);",
+        "const Vec left = set1(x[r * kDepth + k] * 1.001f);",
     ),
     _native(
         "padding",
@@ -288,6 +288,27 @@ IN_CPP = (
         "ghost_project/cpu.cpp",
         "start = bounds[n];",
         "start = bounds[n] + (bounds[n + 1] > bounds[n] ? 1 : 0);",
+    ),
+    _native(
+        "gram-column",
+        "the last token of an example's stretch left out of the Gram matrix",
+        "ghost_gram/cpu.cpp",
+        "run.row_dots(products, begin - u, end - begin,",
+        "run.row_dots(products, begin - u, end - begin - 1,",
+    ),
+    _native(
+        "gram-span",
+        "tokens of the second batch behind the first thousand left out of the Gram matrix",
+        "ghost_gram/cpu.cpp",
+        "start < right.a.rows; start += kSpan) {",
+        "start < right.a.rows; start += right.a.rows) {",
+    ),
+    _native(
+        "far-row",
+        "rows found by 32-bit offsets",
+        "common/matrix.h",
+        "(i * row_stride + j * col_stride) * size_of(dtype);",
+        "static_cast<int32_t>(i * row_stride + j * col_stride) * size_of(dtype);",
     ),
     _native(
         "member-panels",

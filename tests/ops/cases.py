@@ -25,6 +25,14 @@ def strided(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> torc
     return view
 
 
+def far(x: torch.Tensor, axis: int) -> torch.Tensor:
+    """The same values, more than 2^31 elements from first to last along an axis, in memory never touched."""
+    step = 2**31 // (x.shape[axis] - 1) + 8
+    strides = list(x.stride())
+    strides[axis] = step
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
+
+
 def packed(
     lens: list[int], d_in: int, d_out: int, dtype: torch.dtype, *, directions: int = 2, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

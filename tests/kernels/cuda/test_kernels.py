@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from gradshield_fast.ops import cuda
 from gradshield_fast.ops.ghost_norm_sq import kernel_cuda as norm_cuda
 from tests.kernels.cuda.cases import LAYOUTS, OPS, case, error_in_bounds, run
 from tests.kernels.cuda.emulator import EmulatedLaunch
-from tests.ops.cases import DTYPES, LENGTHS, WIDTHS, boundaries
+from tests.ops.cases import DTYPES, LENGTHS, WIDTHS, boundaries, far
 
 ALL_OPS = list(OPS)
 
@@ -46,6 +47,14 @@ def test_any_mixture_of_dtypes(
 ) -> None:
     c = case([9, 21], 48, 24, dtype_a=dtype_a, dtype_g=dtype_g, dtype_r=dtype_r)
     assert error_in_bounds(op, c, run(op, c)) <= 1
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("op", ALL_OPS)
+def test_more_than_two_to_the_31_elements_by_strides(emulated: EmulatedLaunch, op: str, axis: int) -> None:
+    c = case([3, 30], 16, 8)
+    for name in ("a", "g"):
+        assert error_in_bounds(op, c, run(op, dataclasses.replace(c, **{name: far(getattr(c, name), axis)}))) <= 1
 
 
 @pytest.mark.parametrize("op", ALL_OPS)

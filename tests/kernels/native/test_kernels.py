@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gradshield_fast.ops.ghost_dot_lowrank import kernel_native as lowrank_native
 from gradshield_fast.ops.ghost_dot_lowrank import reference as lowrank_reference
 from tests.kernels.native.calls import Call, Size, calls, isas, needs_native
-from tests.ops.cases import BOUND, DTYPES
+from tests.ops.cases import BOUND, DTYPES, far
 
 pytestmark = needs_native
 
@@ -61,6 +61,17 @@ def test_directions_in_sixteen_bits(direction: torch.dtype, isa: int) -> None:
     for dtype in DTYPES:
         for call in calls(Size([40, 30], 70, 50, 9), dtype, direction=direction):
             hold(call.run(isa=isa), call.truth(), call.scale(), call.function)
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_more_than_two_to_the_31_elements_by_strides(isa: int) -> None:
+    torch.use_deterministic_algorithms(False)  # or every page of the buffers would be filled
+    for call in calls(Size([3, 50], 40, 24, 3), torch.bfloat16):
+        for i, x in enumerate(call.inputs):
+            for axis in range(x.ndim if x is not None and x.is_floating_point() else 0):
+                assert x is not None
+                moved = call._replace(inputs=(*call.inputs[:i], far(x, axis), *call.inputs[i + 1 :]))
+                hold(moved.run(isa=isa), call.truth(), call.scale(), f"{call.function}, input {i}, axis {axis}")
 
 
 @pytest.mark.parametrize("isa", isas())

@@ -11,7 +11,7 @@ import torch
 
 from gradshield_fast.ops import linear_cross_entropy
 from gradshield_fast.ops.linear_cross_entropy import kernel_native
-from tests.ops.cases import BOUND, DTYPES, strided
+from tests.ops.cases import BOUND, DTYPES, far, strided
 from tests.ops.test_linear_cross_entropy import Case, case, truth
 
 REASON = kernel_native.why_not()
@@ -67,6 +67,13 @@ def test_many_chunks_and_groups(dtype: torch.dtype, spread: float) -> None:
     c = case(530, 4100, 40, dtype)
     c.h.mul_(spread)
     assert worst(c, dense=True) < 1
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("name", ["h", "weight"])
+def test_more_than_two_to_the_31_elements_by_strides(name: str, axis: int) -> None:
+    c = case(40, 70, 40, torch.bfloat16)
+    assert worst(c._replace(**{name: far(getattr(c, name), axis)}), dense=True) < 1
 
 
 @pytest.mark.parametrize("words", ["random", "zero", "equal", "one-hot", "positive"])

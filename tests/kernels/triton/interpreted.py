@@ -6,6 +6,7 @@ that no program writes shows; so are the margins of the inputs (`tests.ops.cases
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -29,7 +30,8 @@ from gradshield_fast.ops.ghost_norm_sq import kernel_triton as norm
 from gradshield_fast.ops.linear_cross_entropy import kernel_triton as head
 from gradshield_fast.ops.triton_support import jit, tl
 from gradshield_fast.ops.triton_tiles import split
-from tests.ops.cases import BOUND, DTYPES, boundaries, packed, per_example, stack, strided
+from tests.kernels.native.calls import Size, calls
+from tests.ops.cases import BOUND, DTYPES, boundaries, far, packed, per_example, stack, strided
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=5)
 WIDTH = st.integers(1, 70)
@@ -299,6 +301,16 @@ def test_the_terms_of_a_split_are_exact() -> None:
         triton_support.launch(_terms_kernel, (1,), tiling, values, out, SIZE=1024)
         assert torch.equal(out.double().sum(0), values.double())
         assert not out[terms:].any()
+
+
+def test_more_than_two_to_the_31_elements_by_strides() -> None:
+    for call in calls(Size([3, 20], 20, 12, 3), torch.bfloat16):
+        call = call._replace(fast=importlib.import_module(f"{call.slow.__package__}.kernel_triton"))
+        for i, x in enumerate(call.inputs):
+            for axis in range(x.ndim if x is not None and x.is_floating_point() else 0):
+                assert x is not None
+                moved = call._replace(inputs=(*call.inputs[:i], far(x, axis), *call.inputs[i + 1 :]))
+                close(moved.run(), call.truth(), call.scale())
 
 
 def test_pairs_need_no_room_for_their_products() -> None:
