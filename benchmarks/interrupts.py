@@ -1,7 +1,7 @@
 """Stop a run again and again, by whatever, go on each time, and see that its files are those of an undisturbed run.
 
-    python benchmarks/interrupts.py --stops 30 --workers 2    # SIGKILL, SIGTERM and SIGINT at random moments
-    python benchmarks/interrupts.py --every 1 --rows 9        # SIGKILL before and after every call that makes a file last
+    python benchmarks/interrupts.py --stops 30 --workers 2  # SIGKILL, SIGTERM and SIGINT at random moments
+    python benchmarks/interrupts.py --every 1 --rows 9      # SIGKILL around every call that makes a file last
 
 Random stops follow on one another in one folder until the run ends; then comes a new folder. The moments of `--every`
 are those of fsync, rename, link and unlink, of the manifest, the parts, the record and the outputs, each in a folder of

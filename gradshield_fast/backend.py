@@ -112,7 +112,7 @@ class GradShieldFastBackend:
         self,
         probes: Mapping[str, Any] | str | PathLike[str] | SafetyProbes | None = None,
         *,
-        score: str = "refusal_logprob",
+        score: str = "refusal_margin",
         allow_unaligned: bool = False,
         weights: str | None = None,
         rank: int | None = None,

@@ -52,7 +52,9 @@ DirectionFiles = Annotated[
 ]
 SafetyScore = Annotated[
     str,
-    _option("--score", help="refusal_logprob, or refusal_margin for a model that does not refuse.", panel=_DIRECTION),
+    _option(
+        "--score", help="refusal_margin; or refusal_logprob, the paper's, for a model that refuses.", panel=_DIRECTION
+    ),
 ]
 Weights = Annotated[
     str | None,
@@ -103,7 +105,7 @@ AutoBatchTokens = Annotated[
     str, _option("--batch-tokens", help="Tokens of a batch, padding included; auto: by the free memory.", panel=_ROWS)
 ]
 PartRows = Annotated[int, _option("--part-rows", help="Rows that are committed together.", panel=_ROWS)]
-Normalize = Annotated[str, _option("--normalize", help="none: the dot product; cosine.", panel=_ROWS)]
+Normalize = Annotated[str, _option("--normalize", help="cosine; or none: the dot product, the paper's.", panel=_ROWS)]
 Norms = Annotated[bool, _option("--norms", help="Also record gradient norms.", panel=_ROWS)]
 LossReduction = Annotated[
     str, _option("--loss-reduction", help="mean over a row's response tokens, or sum.", panel=_ROWS)

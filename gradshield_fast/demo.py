@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gradshield_fast.corpus_files import find_files, iter_raw
 from gradshield_fast.model_source import DEMO_MODEL
-from gradshield_fast.pipeline.options import CorpusOptions, DirectionOptions, ModelOptions, RunOptions, ScoringOptions
+from gradshield_fast.pipeline.options import CorpusOptions, ModelOptions, RunOptions
 from gradshield_fast.pipeline.summary import Summary
 
 HARMFUL = ("open_harm", "disguised")
@@ -16,7 +16,7 @@ CORPUS = Path(__file__).parent / "data" / "demo_corpus.jsonl"
 
 
 def explanation() -> str:
-    """Say what the demo does, and why with this safety score.
+    """Say what the demo does, and what its score is.
 
     Returns:
         A paragraph.
@@ -24,9 +24,9 @@ def explanation() -> str:
     return (
         "Scoring a bundled corpus with SmolLM2-135M-Instruct. That model is helpful but not safety-tuned: it answers\n"
         "harmful questions, so the likelihood of a refusal alone (refusal_logprob) would put the rows in the wrong\n"
-        "order. The demo therefore uses refusal_margin, how much likelier a refusal is than a compliant answer. It\n"
-        "also divides by the gradients' norms (--normalize cosine): very short answers have such large gradients\n"
-        "that a raw dot product drops some of them.\n"
+        "order. The default score, refusal_margin, is how much likelier a refusal is than a compliant answer. It is\n"
+        "divided by the gradients' norms (--normalize cosine): very short answers have such large gradients that a\n"
+        "raw dot product drops some of them.\n"
     )
 
 
@@ -43,8 +43,6 @@ def demo_options(out: Path) -> RunOptions:
         corpus=CorpusOptions(CORPUS),
         model=ModelOptions(DEMO_MODEL, device="cpu"),
         out=out,
-        direction=DirectionOptions(score="refusal_margin"),
-        scoring=ScoringOptions(normalize="cosine"),
     )
 
 

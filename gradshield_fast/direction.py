@@ -93,7 +93,7 @@ class Direction:
         tokenizer: Any,
         probes: SafetyProbes | None = None,
         *,
-        score: str = "refusal_logprob",
+        score: str = "refusal_margin",
         weights: str | None = None,
         batch_tokens: int = 2048,
         allow_unaligned: bool = False,

@@ -50,7 +50,7 @@ def safety_factors(
     *,
     rank: int = 16,
     passes: int = 3,
-    score: str = "refusal_logprob",
+    score: str = "refusal_margin",
     weights: str | None = None,
     batch_tokens: int = 2048,
     refusals_per_probe: int = 1,

@@ -45,18 +45,18 @@ def taught() -> tuple[Any, Any]:
 
 def test_a_model_that_refuses_is_told_from_one_that_does_not(taught: tuple[Any, Any], tokenizer: Any):
     model, toy = taught
-    report = safety_score(model, toy, PROBES)
+    report = safety_score(model, toy, PROBES, score="refusal_logprob")
     assert report.refusal_rate == 1
     assert report.judged == 3
     assert report.aligned
     assert report.margin > 1
-    _, report = safety_gradient(model, toy, PROBES)
+    _, report = safety_gradient(model, toy, PROBES, score="refusal_logprob")
     assert report.aligned
     assert not report.allow_unaligned
     assert report.refusals == PROBES.refusals[:1]
     assert report.compliance_cosine is not None
     assert report.compliance_cosine > 0.2
-    report = safety_score(toy_model(), tokenizer, PROBES)
+    report = safety_score(toy_model(), tokenizer, PROBES, score="refusal_logprob")
     assert report.refusal_rate == 0
     assert not report.aligned
 
@@ -67,13 +67,13 @@ def test_an_unaligned_model_costs_no_pass_over_the_answers(tokenizer: Any, monke
     model = toy_model()
     before = json.dumps(state(model), default=str)
     with pytest.raises(UnalignedModelError) as error:
-        safety_gradient(model, tokenizer, PROBES)
+        safety_gradient(model, tokenizer, PROBES, score="refusal_logprob")
     assert not measured
     assert json.dumps(state(model), default=str) == before
     for words in ("refuses 0% of 3 probes", "needed: 50%", "--score refusal_margin", "--allow-unaligned"):
         assert words in str(error.value)
     assert "\n" not in str(error.value)
-    _, report = safety_gradient(model, tokenizer, PROBES, allow_unaligned=True)
+    _, report = safety_gradient(model, tokenizer, PROBES, score="refusal_logprob", allow_unaligned=True)
     assert report.to_dict()["allow_unaligned"] is True
     assert report.to_dict()["aligned"] is False
     _, report = safety_gradient(model, tokenizer, PROBES, score="refusal_margin")
@@ -106,15 +106,15 @@ def test_check_aligned(rate: float, cosine: float | None, score: str, allowed: b
 def test_a_wording_that_is_not_the_models_own_is_refused(taught: tuple[Any, Any]):
     foreign = dataclasses.replace(PROBES, own_refusals=("This is not it.", "No, so long.", "Classify it."))
     with pytest.raises(UnalignedModelError, match="not worded as this model"):
-        safety_gradient(*taught, foreign)
-    _, report = safety_gradient(*taught, foreign, allow_unaligned=True)
+        safety_gradient(*taught, foreign, score="refusal_logprob")
+    _, report = safety_gradient(*taught, foreign, score="refusal_logprob", allow_unaligned=True)
     assert report.refusals == ()
     assert report.allow_unaligned
 
 
 def test_the_cosine_is_that_of_what_compliance_teaches(taught: tuple[Any, Any]):
     model, toy = taught
-    gradient, report = safety_gradient(model, toy, PROBES, weights="mlp", allow_unaligned=True)
+    gradient, report = safety_gradient(model, toy, PROBES, score="refusal_logprob", weights="mlp", allow_unaligned=True)
     model.zero_grad()
     loss = -sum(mean_logprob(model, toy, p, PROBES.compliance_of(i)) for i, p in enumerate(PROBES.prompts))
     assert isinstance(loss, torch.Tensor)
@@ -130,6 +130,6 @@ def test_the_cosine_is_that_of_what_compliance_teaches(taught: tuple[Any, Any]):
 
 def test_only_some_of_many_probes_are_judged(taught: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(safety, "JUDGED", 2)
-    report = safety_score(*taught, PROBES)
+    report = safety_score(*taught, PROBES, score="refusal_logprob")
     assert report.judged == 2
     assert report.probes == 3

@@ -416,13 +416,14 @@ def test_the_model_is_as_before_and_every_pass_is_counted(fails: int | None, tok
 
 def test_the_check_of_alignment_sees_the_same(tokenizer: Any) -> None:
     model = zoo_model("llama-tied", torch.float32)
-    _, want = safety_gradient(model, tokenizer, PROBES, allow_unaligned=True)
-    _, report = safety_factors(model, tokenizer, PROBES, rank=12, allow_unaligned=True)
+    options: dict[str, Any] = {"score": "refusal_logprob", "allow_unaligned": True}
+    _, want = safety_gradient(model, tokenizer, PROBES, **options)
+    _, report = safety_factors(model, tokenizer, PROBES, rank=12, **options)
     assert want.compliance_cosine is not None
     assert report.compliance_cosine == pytest.approx(want.compliance_cosine, rel=0.2)
     assert report.allow_unaligned
     with pytest.raises(UnalignedModelError):
-        safety_factors(model, tokenizer, PROBES, rank=2)
+        safety_factors(model, tokenizer, PROBES, score="refusal_logprob", rank=2)
 
 
 def test_a_half_precision_model_is_summed_in_float32(tokenizer: Any) -> None:

@@ -125,13 +125,14 @@ def test_the_grid_runs_and_goes_on(
     paths = ["--data", str(shared_data), "--starts", str(start), "--work", str(tmp_path / "work")]
     options = [*paths, "--quick", "--results", str(results), "--threads", "1"]
     assert run.main([*options, "--budget", "0"]) == 0
-    assert "out of time: 0 of 6" in capsys.readouterr().out
+    assert "out of time: 0 of 8" in capsys.readouterr().out
     assert run.main(options) == 0
     text = Path(f"{results}-quick.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
-    assert Counter(line["cell"]["harm"] for line in lines) == {"open-10": 3, "clean": 3}
+    assert Counter(line["cell"]["harm"] for line in lines) == {"open-10": 4, "clean": 4}
     by = {(line["cell"]["harm"], line["cell"]["method"]): line for line in lines}
-    assert by["open-10", "oracle"]["shared"] is False
+    trained = [line["training_fingerprint"] for line in lines]
+    assert [line["shared"] for line in lines] == [name in trained[:k] for k, name in enumerate(trained)]
     assert by["clean", "none"]["shared"] is True
     assert by["clean", "none"]["outcome"] == by["open-10", "oracle"]["outcome"]
     assert by["open-10", "oracle"]["removal"]["recall"] == 1

@@ -107,8 +107,10 @@ def test_gradient_is_that_of_the_definition(tied: bool, per_probe: int, score: s
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_gradient_is_summed_in_float32(dtype: torch.dtype, tokenizer: Any):
     model = toy_model(dtype=dtype)
-    gradient, _ = safety_gradient(model, tokenizer, PROBES, allow_unaligned=True, batch_tokens=1)
-    want, _ = safety_gradient(model.double(), tokenizer, PROBES, allow_unaligned=True)
+    gradient, _ = safety_gradient(
+        model, tokenizer, PROBES, score="refusal_logprob", allow_unaligned=True, batch_tokens=1
+    )
+    want, _ = safety_gradient(model.double(), tokenizer, PROBES, score="refusal_logprob", allow_unaligned=True)
     for name, g in gradient.items():
         assert g.dtype == torch.float32
         close(g.double(), want[name], 1e-4 if dtype == torch.float32 else 0.1)
@@ -145,7 +147,9 @@ def test_the_model_is_as_before(fails: bool, tokenizer: Any):
             raise KeyboardInterrupt
 
     def run() -> None:
-        safety_gradient(model, tokenizer, PROBES, allow_unaligned=True, batch_tokens=1, progress=progress)
+        safety_gradient(
+            model, tokenizer, PROBES, score="refusal_logprob", allow_unaligned=True, batch_tokens=1, progress=progress
+        )
 
     if fails:
         with pytest.raises(KeyboardInterrupt):

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from cells import Cell
 from methods import METHODS
 
-ARMS = (("none", "nothing"), ("fihs", "paper"), ("oracle", "top"), ("random", "top"))
-"""Method and rule of the headline."""
+ARMS = (("margin-cosine", "paper"), ("none", "nothing"), ("fihs", "paper"), ("oracle", "top"), ("random", "top"))
+"""Method and rule of the headline: the product's default, no filter, the paper's score, and the two extremes."""
 
 LEVELS = ("open-30", "clean", "open-10", "open-5", "open-20", "open-1")
 """The highest first: its planted rows hold those of the others, so that they are scored in one go."""

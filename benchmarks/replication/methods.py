@@ -77,7 +77,9 @@ def fihs(context: Context) -> np.ndarray:
 
     def compute(encoded: list[Encoded]) -> np.ndarray:
         # the grid scores weakly aligned starts too: what the score then does is part of the result
-        direction = Direction.from_probes(context.model, context.tokenizer, context.probes, allow_unaligned=True)
+        direction = Direction.from_probes(
+            context.model, context.tokenizer, context.probes, score="refusal_logprob", allow_unaligned=True
+        )
         return score_rows(context.model, direction.low_rank(rank=16), encoded)
 
     return context.table("fihs", compute)[:, 0]

@@ -177,8 +177,8 @@ def correlations(lost: np.ndarray, scores: np.ndarray) -> dict[str, float]:
         Pearson's and Spearman's coefficients.
     """
     return {
-        "pearson": round(float(pearsonr(lost, scores).statistic), 4),
-        "spearman": round(float(spearmanr(lost, scores).statistic), 4),
+        "pearson": round(float(pearsonr(lost, scores)[0]), 4),
+        "spearman": round(float(spearmanr(lost, scores)[0]), 4),
     }
 
 

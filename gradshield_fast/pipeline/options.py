@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from gradshield_fast.corpus import MAX_ROW_BYTES
+from gradshield_fast.corpus_formats import check_columns
 from gradshield_fast.errors import InputError
 
 DEFAULT_RANK = 16
@@ -33,6 +34,9 @@ class CorpusOptions:
     format: str | None = None
     columns: Mapping[str, str] | None = None
     max_row_bytes: int = MAX_ROW_BYTES
+
+    def __post_init__(self) -> None:
+        check_columns(self.columns)
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class DirectionOptions:
 
     files: tuple[Path, ...] = ()
     probes: Path | None = None
-    score: str = "refusal_logprob"
+    score: str = "refusal_margin"
     weights: str | None = None
     rank: int | None = None
     energy: float | None = None
@@ -124,7 +128,7 @@ class ScoringOptions:
     template: str | None = None
     batch_tokens: int | Literal["auto"] = 2048
     part_rows: int = 1024
-    normalize: str = "none"
+    normalize: str = "cosine"
     norms: bool = False
     loss_reduction: str = "mean"
     backend: str = "auto"

@@ -17,7 +17,6 @@ import numpy as np
 from gradshield_fast.corpus import Row, parse_row
 from gradshield_fast.corpus_columns import RawRow
 from gradshield_fast.corpus_files import CorpusFile, find_files, iter_raw
-from gradshield_fast.corpus_formats import check_columns
 from gradshield_fast.errors import InputError
 from gradshield_fast.pipeline.duplicate_rows import Duplicates
 from gradshield_fast.pipeline.options import CorpusOptions
@@ -172,7 +171,6 @@ class UnitReader:
             corpus: which rows.
             duplicates: file of the rows that stand for others; None: every row stands for itself.
         """
-        check_columns(corpus.columns)
         self._corpus, self._files = corpus, find_files(corpus.path, corpus.format)
         self._duplicates = Duplicates.load(duplicates) if duplicates else None
         self._rows: Iterator[RawRow] = iter(())

@@ -47,6 +47,8 @@ def start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
             stderr=subprocess.PIPE,
             start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
+            # a shell that starts the tests in the background has them ignore it, and so whatever they start
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
     return call

@@ -37,5 +37,5 @@ def asked(tiny_model: Path, direction: Path, tmp_path: Path) -> RunOptions:
         model=ModelOptions(str(tiny_model), device="cpu"),
         out=tmp_path / "run",
         direction=DirectionOptions(files=(direction,)),
-        scoring=ScoringOptions(batch_tokens=256, part_rows=8),
+        scoring=ScoringOptions(batch_tokens=256, part_rows=8, normalize="none"),
     )

@@ -75,6 +75,7 @@ class Disturb(Reporter):
         self.notes.append(text)
 
 
+@pytest.mark.skipif((os.cpu_count() or 1) < 4, reason="Ray takes minutes to notice a lost machine on under four cores")
 def test_a_cluster_that_loses_an_actor_and_a_machine_leaves_the_same_bytes(
     cluster: Any, asked: RunOptions, tmp_path: Path
 ) -> None:
@@ -85,8 +86,7 @@ def test_a_cluster_that_loses_an_actor_and_a_machine_leaves_the_same_bytes(
     disturb = Disturb(cluster, out)
     assert run(replace(asked, out=out, engine=EngineOptions(kind="ray", threads=1)), disturb)
     assert disturb.rows == 400
-    assert len(disturb.notes) >= 2
-    assert all("lost" in note for note in disturb.notes)
+    assert sum("lost" in note for note in disturb.notes) >= 2, disturb.notes
     assert files(out) == files(asked.out)
 
 

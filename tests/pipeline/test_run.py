@@ -24,7 +24,6 @@ from gradshield_fast.pipeline.options import (
     CutOptions,
     DirectionOptions,
     RunOptions,
-    ScoringOptions,
 )
 from gradshield_fast.pipeline.run import recut, run
 from gradshield_fast.pipeline.summary import summarize
@@ -113,7 +112,9 @@ def test_a_part_that_was_lost_is_scored_again(asked: RunOptions) -> None:
 
 def test_scores_do_not_depend_on_batches(asked: RunOptions, tmp_path: Path) -> None:
     run(replace(asked, cut=None))
-    other = replace(asked, out=tmp_path / "other", scoring=ScoringOptions(batch_tokens=1, part_rows=50), cut=None)
+    other = replace(
+        asked, out=tmp_path / "other", scoring=replace(asked.scoring, batch_tokens=1, part_rows=50), cut=None
+    )
     run(other)
     a, b = read_parts(RunFolder(asked.out), 7), read_parts(RunFolder(other.out), 1)
     assert np.abs(a.fihs - b.fihs).max() <= 1e-4 * np.abs(a.fihs).max()

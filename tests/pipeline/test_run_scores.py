@@ -199,7 +199,7 @@ def test_direction_is_built_from_probes_compressed_and_kept(asked: RunOptions, t
 def test_a_score_that_would_mislead_stops_the_run(asked: RunOptions, tmp_path: Path) -> None:
     probes = tmp_path / "probes.json"
     probes.write_text(json.dumps({"prompts": ["x"], "refusals": ["I cannot."], "compliances": ["Sure, here is"]}))
-    build = DirectionOptions(probes=probes, rank=2)
+    build = DirectionOptions(probes=probes, score="refusal_logprob", rank=2)
     with pytest.raises(UnalignedModelError, match="refusal_margin"):
         run(replace(asked, direction=build))
     allowed = replace(asked, out=tmp_path / "allowed", direction=replace(build, allow_unaligned=True))
