@@ -187,11 +187,13 @@ def rules(start: str, method: str) -> Any:
     tasks = last("thresholds", start=start, kind="open")["results"][method]
     tables = [over_tasks(tasks, f"{share:g}") for share in SHARES]
     names = [
-        n for n in ("paper", "keep", "between", "students", "otsu", "left-3", "median-4", "clean-1") if n in tables[0]
+        n
+        for n in ("paper", "separated", "keep", "between", "students", "otsu", "left-3", "median-4", "clean-1")
+        if n in tables[0]
     ]
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     for k, name in enumerate(names):
-        style: dict[str, Any] = {"color": f"C{k}", "marker": (*MARKS, "X", "*")[k], "ms": 5, "label": name}
+        style: dict[str, Any] = {"color": f"C{k}", "marker": (*MARKS, "X", "*", "p")[k], "ms": 5, "label": name}
         axes[0].plot([100 * s for s in SHARES], [100 * t[name][0] for t in tables], **style)
         axes[1].plot([100 * s for s in SHARES[1:]], [100 * t[name][2] for t in tables[1:]], **style)
     axes[0].set_ylabel("benign rows removed, %")
