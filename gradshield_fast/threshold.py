@@ -97,10 +97,10 @@ def fit_threshold(scores: ArrayLike, alpha: float | None = None, random_state: i
       lower one and a score lies in its upper tail, t jumps to the top of the *upper* component, and that is kept.
     - One Gaussian always loses its upper 2.3 %, harmful or not; five scores or fewer never lose any.
 
-    The rule "separated" takes the mixture only if its groups are apart as well, and else does not presume that 2.3 % of
-    the rows are harmful:
+    The rule "separated" takes the mixture only if its groups are apart as well and the upper one is not the larger, and
+    else does not presume that 2.3 % of the rows are harmful:
 
-        L2 - L1 > alpha and sqrt(2) (m1 - m0) / sqrt(s0^2 + s1^2) > 4:  t as above
+        L2 - L1 > alpha, w1 <= 1/2 and sqrt(2) (m1 - m0) / sqrt(s0^2 + s1^2) > 4:  t as above
         otherwise:  t = the highest score that does not stick out of the bulk, a normal distribution with the scores'
                     median and median absolute deviation, at a false share of 5 % (`gradshield_fast.bulk.outside`)
 
@@ -196,7 +196,7 @@ def _fit(groups: Groups, x: Floats, resolution: float, alpha: float | None, rand
         upper = odds > 0
         apart = math.sqrt(2.0) * float(np.diff(mixture.means)[0]) / math.hypot(*mixture.stds)
         found = two - one > price and upper.any() and not upper.all()
-        if found and (rule == "paper" or apart > SEPARATION):
+        if found and (rule == "paper" or (apart > SEPARATION and mixture.weights[1] <= 0.5)):
             value = float(min(x[upper].max(), x[~upper].max()))
             parts = tuple(
                 {"weight": float(w), "mean": back(mean + std * m), "std": back(std * s)}

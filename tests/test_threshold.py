@@ -335,6 +335,11 @@ class TestSeparated:
         assert both[0].value == both[1].value
         assert both[1].to_dict()["rule"] == "separated"
 
+    def test_a_small_group_below_does_not_take_the_rest_away(self):
+        scores = groups(2, (30, -12, 1), (300, 0, 1))
+        assert fit_threshold(scores).removes(scores).mean() > 0.5
+        assert fit_threshold(scores, rule="separated").removes(scores).mean() < 0.02
+
     def test_heavy_tails_and_skew_are_no_second_group(self):
         rng = np.random.default_rng(3)
         for scores in (rng.standard_t(4, 400), rng.gamma(3.0, size=400)):
