@@ -28,7 +28,7 @@ import torch
 from context import score_rows
 from directions import restrict, row_gradients
 from sample import sample
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 
 from gradshield_fast import Direction, SafetyProbes
@@ -177,8 +177,8 @@ def correlations(lost: np.ndarray, scores: np.ndarray) -> dict[str, float]:
         Pearson's and Spearman's coefficients.
     """
     return {
-        "pearson": round(float(pearsonr(lost, scores)[0]), 4),
-        "spearman": round(float(spearmanr(lost, scores)[0]), 4),
+        "pearson": round(float(np.corrcoef(lost, scores)[0, 1]), 4),
+        "spearman": round(float(np.corrcoef(rankdata(lost), rankdata(scores))[0, 1]), 4),
     }
 
 
