@@ -90,6 +90,7 @@ def filter_corpus(
     compile: o.Compile = False,
     checkpoint: o.Checkpoint = False,
     dedupe: o.Dedupe = True,
+    rule: o.Rule = "paper",
     alpha: o.Alpha = None,
     threshold: o.Threshold = None,
     seed: o.Seed = 0,
@@ -132,7 +133,7 @@ def filter_corpus(
             checkpoint,
             dedupe,
         ),
-        cut=CutOptions(alpha, threshold, seed, direction_index),
+        cut=CutOptions(alpha, threshold, seed, direction_index, rule),
         engine=EngineOptions(engine, workers, o.parse_shard(shard), actors, threads),
     )
     return _dry(options) if dry_run else _run(options, log_json=log_json)

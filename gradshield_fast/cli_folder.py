@@ -22,6 +22,7 @@ folder_commands = typer.Typer()
 @guarded(resumable=True)
 def draw_threshold(
     run: o.Run,
+    rule: o.Rule = "paper",
     alpha: o.Alpha = None,
     threshold: o.Threshold = None,
     seed: o.Seed = 0,
@@ -30,13 +31,14 @@ def draw_threshold(
     log_json: o.LogJson = False,
 ) -> int:
     """Fit or set the threshold of a scored run, and write its three files anew."""
-    return _recut(run, CutOptions(alpha, threshold, seed, direction_index), corpus, log_json)
+    return _recut(run, CutOptions(alpha, threshold, seed, direction_index, rule), corpus, log_json)
 
 
 @folder_commands.command("merge")
 @guarded(resumable=True)
 def merge_shards(
     run: o.Run,
+    rule: o.Rule = "paper",
     alpha: o.Alpha = None,
     threshold: o.Threshold = None,
     seed: o.Seed = 0,
@@ -45,7 +47,7 @@ def merge_shards(
     log_json: o.LogJson = False,
 ) -> int:
     """Check that the shards scored every row once, then choose the threshold and write the three files."""
-    return _recut(run, CutOptions(alpha, threshold, seed, direction_index), corpus, log_json)
+    return _recut(run, CutOptions(alpha, threshold, seed, direction_index, rule), corpus, log_json)
 
 
 @folder_commands.command("status")

@@ -130,6 +130,14 @@ Alpha = Annotated[
     float | None,
     _option("--alpha", help="Nats that two Gaussians must gain over one; default 1.5 ln(n).", panel=_CUT),
 ]
+Rule = Annotated[
+    str,
+    _option(
+        "--rule",
+        help="paper: two Gaussians or mean + 2 deviations; separated: two Gaussians if apart, or what sticks out.",
+        panel=_CUT,
+    ),
+]
 Threshold = Annotated[
     float | None, _option("--threshold", help="Drop rows above this score, whatever the fit.", panel=_CUT)
 ]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from gradshield_fast.bulk import bulk, outside
 from gradshield_fast.errors import InputError
 from gradshield_fast.histogram import Histogram
 from gradshield_fast.mixture import Groups, Mixture, fit_mixture
@@ -16,6 +17,11 @@ from gradshield_fast.mixture import Groups, Mixture, fit_mixture
 MIN_SCORES = 10  # with fewer scores a mixture fits noise
 OVERLAP = 0.05  # expected share of one component's scores that get the other one's label, from which on we warn
 TAILS = 0.2  # share of the wide component's scores on its smaller side, above which its two sides are called tails
+RULES = ("paper", "separated")
+# Distance of two means, over the root mean square of their deviations, above which the rule "separated" takes two
+# Gaussians for two groups (Ashman's D). Scores of one task's clean rows are skewed and have heavy tails, which two
+# Gaussians fit better by far more than 1.5 ln(n); benchmarks/replication/thresholds.py compares.
+SEPARATION = 4.0
 _MAX = float(np.finfo(np.float64).max)
 
 Floats = NDArray[np.float64]
@@ -33,15 +39,17 @@ class Cut:
         warnings: sentences for a person, empty when nothing is unusual.
         n: number of scores.
         alpha: the L2 - L1 that the mixture had to exceed, in nats.
+        rule: the rule's name.
     """
 
     value: float
-    kind: Literal["two_gaussians", "one_gaussian"]
+    kind: Literal["two_gaussians", "one_gaussian", "bulk"]
     log_likelihoods: tuple[float, float]
     components: tuple[dict[str, float], ...]
     warnings: tuple[str, ...]
     n: int
     alpha: float
+    rule: str = "paper"
 
     def removes(self, scores: ArrayLike) -> NDArray[np.bool_]:
         """Which scores the cut removes.
@@ -69,10 +77,11 @@ class Cut:
             "warnings": list(self.warnings),
             "n": self.n,
             "alpha": self.alpha,
+            "rule": self.rule,
         }
 
 
-def fit_threshold(scores: ArrayLike, alpha: float | None = None, random_state: int = 0) -> Cut:
+def fit_threshold(scores: ArrayLike, alpha: float | None = None, random_state: int = 0, *, rule: str = "paper") -> Cut:
     """Choose the score above which rows are removed.
 
         L1 = max over one Gaussian,  L2 = max over w0 N(m0, s0^2) + w1 N(m1, s1^2)      of sum_i ln p(score_i), nats
@@ -80,13 +89,20 @@ def fit_threshold(scores: ArrayLike, alpha: float | None = None, random_state: i
         otherwise:        t = mu + 2 sigma                                               (sigma with 1/n)
         remove rows with score > t
 
-    The rule is the paper's; three things about it are worth knowing, and each is reported in `Cut.warnings` when met:
+    This is the paper's rule; three things about it are worth knowing, and each is reported in `Cut.warnings` when met:
 
     - It never asks which component is the larger. If the upper one is, most rows are removed.
     - Components of different width share out the line in three pieces, not two: the wider one wins in both far tails.
       Where that is the upper component, its rows in the far *lower* tail stay below t and are kept. Where it is the
       lower one and a score lies in its upper tail, t jumps to the top of the *upper* component, and that is kept.
     - One Gaussian always loses its upper 2.3 %, harmful or not; five scores or fewer never lose any.
+
+    The rule "separated" takes the mixture only if its groups are apart as well and the upper one is not the larger, and
+    else does not presume that 2.3 % of the rows are harmful:
+
+        L2 - L1 > alpha, w1 <= 1/2 and sqrt(2) (m1 - m0) / sqrt(s0^2 + s1^2) > 4:  t as above
+        otherwise:  t = the highest score that does not stick out of the bulk, a normal distribution with the scores'
+                    median and median absolute deviation, at a false share of 5 % (`gradshield_fast.bulk.outside`)
 
     The likelihood of a mixture is unbounded, so both standard deviations are kept above 0.05 of the scores' own (see
     `mixture.MIN_STD`). The result does not depend on the order of the scores, and for c > 0 scores c x + d give the cut
@@ -97,22 +113,26 @@ def fit_threshold(scores: ArrayLike, alpha: float | None = None, random_state: i
         alpha: by how many nats the mixture must be better. The paper's value is not known to us; the default
             1.5 ln(n) prices the mixture's three extra parameters as the Bayesian information criterion does.
         random_state: seed of the fit's random starts.
+        rule: "paper" or "separated".
 
     Returns:
         The cut.
 
     Raises:
-        InputError: no scores, not a list of real numbers, NaN or infinite (positions named), or alpha is not finite.
+        InputError: no scores, not a list of real numbers, NaN or infinite (positions named), alpha is not finite, or
+            there is no such rule.
 
     Source: arXiv 2605.14194, the adaptive-threshold algorithm.
     """
     raw = np.asarray(scores)
     x = np.sort(_checked(raw, "fit_threshold"))
     resolution = float(np.finfo(raw.dtype if raw.dtype.kind == "f" else np.float64).eps)
-    return _fit(Groups.of(x), x, resolution, alpha, random_state)
+    return _fit(Groups.of(x), x, resolution, alpha, random_state, rule)
 
 
-def fit_threshold_of(histogram: Histogram, alpha: float | None = None, random_state: int = 0) -> Cut:
+def fit_threshold_of(
+    histogram: Histogram, alpha: float | None = None, random_state: int = 0, *, rule: str = "paper"
+) -> Cut:
     """Choose the cut for more scores than are to be held in memory; the rule is `fit_threshold`'s.
 
     The mixture is fitted to the bins' counts, means and deviations, and a score's label is that of the highest score
@@ -123,24 +143,27 @@ def fit_threshold_of(histogram: Histogram, alpha: float | None = None, random_st
         histogram: of the scores, float32 or wider.
         alpha: as for `fit_threshold`.
         random_state: as for `fit_threshold`.
+        rule: as for `fit_threshold`.
 
     Returns:
         The cut.
 
     Raises:
-        InputError: alpha is not finite, or there are no scores.
+        InputError: alpha is not finite, there is no such rule, or there are no scores.
     """
     groups, high = histogram.groups()
     _checked(high, "fit_threshold_of")
-    return _fit(groups, high, float(np.finfo(np.float32).eps), alpha, random_state)
+    return _fit(groups, high, float(np.finfo(np.float32).eps), alpha, random_state, rule)
 
 
-def _fit(groups: Groups, x: Floats, resolution: float, alpha: float | None, random_state: int) -> Cut:
+def _fit(groups: Groups, x: Floats, resolution: float, alpha: float | None, random_state: int, rule: str) -> Cut:
     """Apply the rule to scores in sorted groups whose highest scores are `x`; `resolution` is that of the scores."""
     if alpha is not None and not math.isfinite(alpha):
         raise InputError(
             f"fit_threshold: alpha must be a finite number of nats, got {alpha}. The default is 1.5 ln(n)."
         )
+    if rule not in RULES:
+        raise InputError(f"fit_threshold: rule must be one of {', '.join(RULES)}; got {rule!r}")
     count = groups.count
     n = int(count.sum())
     price = float(1.5 * math.log(n) if alpha is None else alpha)
@@ -153,7 +176,7 @@ def _fit(groups: Groups, x: Floats, resolution: float, alpha: float | None, rand
     if np.ldexp(x[-1], -exponent) - u[0] <= 4 * resolution:  # |u| < 1, so this is the rounding of the scores themselves
         only = {"weight": 1.0, "mean": float(x[x.size // 2]), "std": 0.0}
         warning = f"all {n} scores are equal to {x[-1]:.6g}: nothing is removed"
-        return Cut(float(x[-1]), "one_gaussian", (math.nan, math.nan), (only,), (warning,), n, price)
+        return Cut(float(x[-1]), "one_gaussian", (math.nan, math.nan), (only,), (warning,), n, price, rule)
 
     def back(value: float) -> float:
         with np.errstate(over="ignore"):
@@ -165,13 +188,15 @@ def _fit(groups: Groups, x: Floats, resolution: float, alpha: float | None, rand
     notes: list[str] = []
     two = math.nan
     if n < MIN_SCORES:
-        notes.append(f"only {n} scores: too few for two components, so the cut is mean + 2 standard deviations")
+        notes.append(f"only {n} scores: too few for two components, so the cut is taken from one")
     else:
         mixture = fit_mixture(Groups(count, (u - mean) / std, spread / std**2), seed=random_state)
         two = mixture.log_likelihood - unit
         odds = mixture.log_odds(z)
         upper = odds > 0
-        if two - one > price and upper.any() and not upper.all():
+        apart = math.sqrt(2.0) * float(np.diff(mixture.means)[0]) / math.hypot(*mixture.stds)
+        found = two - one > price and upper.any() and not upper.all()
+        if found and (rule == "paper" or (apart > SEPARATION and mixture.weights[1] <= 0.5)):
             value = float(min(x[upper].max(), x[~upper].max()))
             parts = tuple(
                 {"weight": float(w), "mean": back(mean + std * m), "std": back(std * s)}
@@ -179,9 +204,16 @@ def _fit(groups: Groups, x: Floats, resolution: float, alpha: float | None, rand
             )
             notes += _mixture_warnings(mixture, odds, x, count, value)
             notes += _below_zero(x, count, value)
-            return Cut(value, "two_gaussians", (one, two), parts, tuple(notes), n, price)
-        if two - one > price:
+            return Cut(value, "two_gaussians", (one, two), parts, tuple(notes), n, price, rule)
+        if rule == "paper" and two - one > price:
             notes.append("two Gaussians fit better, but one of them wins no score: the cut is taken from one Gaussian")
+    if rule == "separated":
+        middle, width = bulk(z, count)
+        first = outside(z, count, middle, width or 1.0)
+        value = float(x[max(first - 1, 0)])
+        notes += _below_zero(x, count, value)
+        only = {"weight": 1.0, "mean": back(mean + std * middle), "std": back(std * width)}
+        return Cut(value, "bulk", (one, two), (only,), tuple(notes), n, price, rule)
     value = back(mean + 2.0 * std)
     removed = int(count[x > value].sum())
     if removed and n >= MIN_SCORES:
@@ -191,7 +223,7 @@ def _fit(groups: Groups, x: Floats, resolution: float, alpha: float | None, rand
         )
     notes += _below_zero(x, count, value)
     only = {"weight": 1.0, "mean": back(mean), "std": back(std)}
-    return Cut(value, "one_gaussian", (one, two), (only,), tuple(notes), n, price)
+    return Cut(value, "one_gaussian", (one, two), (only,), tuple(notes), n, price, rule)
 
 
 def _checked(raw: NDArray[Any], who: str) -> Floats:

@@ -11,8 +11,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "replication"))
 import detection
+import lines
 import rules
 import sample
+import tables
 import thresholds
 import why
 from columns import FORMULAS
@@ -138,7 +140,24 @@ def test_figures_are_drawn_from_what_there_is(
     recorded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures = pytest.importorskip("figures", reason="needs matplotlib, the extra 'report'")
-    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    monkeypatch.setattr(lines, "RESULTS", tmp_path)
     assert figures.main(["--start", recorded, "--methods", "fihs", "--out", str(tmp_path / "drawn")]) == 0
     assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"scores-toy.png", "scores-toy.svg"}
     assert "left out attack: replication.jsonl: not there yet" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("at_home")
+def test_tables_are_made_from_the_results(recorded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "RESULTS", tmp_path)
+    assert detection.main(["--starts", recorded, "--results", str(tmp_path / "detection")]) == 0
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A\n<!-- table: detection-toy -->\n<!-- end -->\nand\n<!-- table: claim-toy -->\nold\n<!-- end -->\n"
+    )
+    assert tables.main(["--page", str(page), "--check"]) == 1
+    assert tables.main(["--page", str(page)]) == 0
+    text = page.read_text()
+    assert "| margin-cosine | 1.00 / 1.00 |" in text
+    assert "Not measured yet (why.jsonl: not there yet)." in text
+    assert "old" not in text
+    assert tables.main(["--page", str(page), "--check"]) == 0

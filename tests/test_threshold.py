@@ -15,6 +15,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from gradshield_fast.bulk import FALSE_SHARE, bulk, outside
 from gradshield_fast.errors import InputError
 from gradshield_fast.mixture import GROUPS, MIN_STD, Groups, _em, fit_mixture
 from gradshield_fast.threshold import fit_threshold
@@ -324,6 +325,69 @@ class TestProperties:
     def test_same_seed_same_bits(self, scores, seed):
         first, second = (fit_threshold(scores, random_state=seed) for _ in range(2))
         assert repr(first) == repr(second)
+
+
+class TestSeparated:
+    def test_two_groups_apart_are_split_as_the_paper_does(self):
+        scores = groups(1, (300, 0, 1), (30, 12, 1))
+        both = [fit_threshold(scores, rule=rule) for rule in ("paper", "separated")]
+        assert both[0].kind == both[1].kind == "two_gaussians"
+        assert both[0].value == both[1].value
+        assert both[1].to_dict()["rule"] == "separated"
+
+    def test_a_small_group_below_does_not_take_the_rest_away(self):
+        scores = groups(2, (30, -12, 1), (300, 0, 1))
+        assert fit_threshold(scores).removes(scores).mean() > 0.5
+        assert fit_threshold(scores, rule="separated").removes(scores).mean() < 0.02
+
+    def test_heavy_tails_and_skew_are_no_second_group(self):
+        rng = np.random.default_rng(3)
+        for scores in (rng.standard_t(4, 400), rng.gamma(3.0, size=400)):
+            cut = fit_threshold(scores, rule="separated")
+            assert cut.kind == "bulk"
+            assert cut.removes(scores).mean() < 0.05
+
+    def test_a_clean_normal_corpus_mostly_loses_nothing(self):
+        some = np.random.default_rng(5).normal(size=(100, 200))
+        gone = [fit_threshold(x, rule="separated").removes(x).any() for x in some]
+        assert np.mean(gone) < 0.2  # 0.05 for a known bulk; its width is estimated
+
+    def test_a_few_far_scores_are_found_without_a_second_group(self):
+        scores = np.concatenate([groups(6, (300, 0, 1)), [7.0, 8.0, 9.0]])
+        gone = fit_threshold(scores, rule="separated").removes(scores)
+        assert gone[300:].all()
+        assert gone[:300].sum() <= 1
+
+    def test_the_step_up_procedure_itself(self):
+        scores = np.sort(np.random.default_rng(7).standard_t(3, 250))
+        middle, width = bulk(scores, np.ones(250))
+        first = outside(scores, np.ones(250), middle, width)
+        p = np.array([0.5 * math.erfc((x - middle) / width / math.sqrt(2)) for x in scores])[::-1]
+        passing = np.flatnonzero(p <= FALSE_SHARE * np.arange(1, 251) / 250)
+        assert 250 - first == passing[-1] + 1
+        assert middle == np.median(scores)
+
+    def test_counts_stand_for_repeats(self):
+        scores, count = np.sort(np.random.default_rng(8).standard_t(2, 120)), np.arange(120) % 3 + 1.0
+        each = np.repeat(scores, count.astype(int))
+        assert bulk(scores, count) == bulk(each, np.ones(each.size))
+        first = outside(scores, count, *bulk(scores, count))
+        assert scores[first] == each[outside(each, np.ones(each.size), *bulk(scores, count))]
+
+    @pytest.mark.parametrize("scale", [1e-300, 1e-8, 1e300])
+    def test_scale_does_not_matter(self, scale):
+        scores = np.random.default_rng(9).standard_t(3, 200)
+        want = fit_threshold(scores, rule="separated").removes(scores)
+        assert want.any()
+        assert (fit_threshold(scores * scale, rule="separated").removes(scores * scale) == want).all()
+
+    def test_mostly_equal_scores_are_measured_by_their_deviation(self):
+        scores = np.array([0.0] * 60 + [1.0] * 3 + [50.0])
+        assert fit_threshold(scores, rule="separated").removes(scores).sum() == 1
+
+    def test_other_rules_are_refused(self):
+        with pytest.raises(InputError, match="rule must be one of paper, separated; got 'otsu'"):
+            fit_threshold([1.0, 2.0], rule="otsu")
 
 
 def test_a_million_scores_take_seconds():

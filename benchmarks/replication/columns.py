@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from context import Context, score_rows
 from directions import RANK, anchors, from_score, low_rank_adapter, second_moment
+from sklearn.covariance import MinCovDet
 
 from gradshield_fast import Direction
 from gradshield_fast.chat import Encoded
@@ -125,6 +126,33 @@ def standard(scores: np.ndarray) -> np.ndarray:
     return away / (np.median(np.abs(away)) or 1.0)
 
 
+DISTANCE = ("refusal", "margin", "compliance", "pressed", "identity", "anchors")
+INSIDE = 3.0
+"""Rows whose margin by cosine is farther above the median, in robust deviations, do not shape the bulk."""
+
+BULK = 0.75
+"""Share of the other rows whose covariance is the smallest: what else is planted is to stay among the rest."""
+
+
+def distance(values: Values) -> np.ndarray:
+    """Measure how unlike the bulk of the corpus a row is, by its cosines with all directions together.
+
+    Training on a disguised row may move refusals either way, so a score with a sign does not find it; but it moves them
+    together as no row of the task does. The bulk is the minimum covariance determinant's; rows that the margin already
+    calls harmful are left out of it, as there may be as many as 30 % of them.
+
+    Args:
+        values: columns.
+
+    Returns:
+        float64 [rows], Mahalanobis distance.
+    """
+    x = np.stack([values[name] / values["norm"] for name in DISTANCE], axis=1)
+    inside = standard(x[:, DISTANCE.index("margin")]) < INSIDE * 1.4826
+    fit = MinCovDet(support_fraction=BULK, random_state=0).fit(x[inside])
+    return np.sqrt(fit.mahalanobis(x))
+
+
 def _dot(column: str, tables: tuple[str, ...] = ("main",)) -> Formula:
     return Formula(lambda v: v[column], tables)
 
@@ -157,6 +185,7 @@ FORMULAS: dict[str, Formula] = {
     "compliance-cosine": _cosine("compliance"),
     "pressed-cosine": _cosine("pressed"),
     "identity-cosine": _cosine("identity"),
+    "distance": Formula(distance),
     "larger-refusal-margin": _larger("refusal", "margin"),
     "sum-refusal-margin": _sum("refusal", "margin"),
     "larger-margin-identity": _larger("margin", "identity"),

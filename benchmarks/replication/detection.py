@@ -2,8 +2,8 @@
 
     python benchmarks/replication/detection.py --starts plain weak
 
-For every start, task and kind of harm: area under the ROC curve, and recall at 5 % of the benign rows removed. One JSON
-line a start goes to benchmarks/results/detection.jsonl.
+For every start, task and kind of harm, in corpora with 10 % of it: area under the ROC curve, and recall at 5 % of the
+benign rows removed, means over draws. One JSON line a start goes to benchmarks/results/detection.jsonl.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from record import append, surroundings  # beside this folder, not installed
 
 PLANTED = ("open", "disguised")
+HARM = 0.1
+DRAWS = 10
 ALLOWED = 0.05
 """Share of benign rows that may go."""
 
@@ -61,9 +63,25 @@ def measure(scores: np.ndarray, harmful: np.ndarray) -> dict[str, float]:
     """
     line = np.quantile(scores[~harmful], 1 - ALLOWED)
     return {
-        "auc": round(float(roc_auc_score(harmful, scores)), 4),
-        "recall_at_5": round(float((scores[harmful] > line).mean()), 4),
+        "auc": float(roc_auc_score(harmful, scores)),
+        "recall_at_5": float((scores[harmful] > line).mean()),
     }
+
+
+def corpus(benign: np.ndarray, planted: np.ndarray, seed: int) -> np.ndarray:
+    """Draw a corpus with `HARM` of planted rows: a score that looks at all rows must see one as it would be.
+
+    Args:
+        benign: positions of all benign rows.
+        planted: positions of rows that may be planted.
+        seed: of the draw.
+
+    Returns:
+        Positions of the corpus's rows.
+    """
+    rng = np.random.default_rng(seed)
+    count = min(len(planted), round(len(benign) * HARM / (1 - HARM)))
+    return np.concatenate([benign, rng.permutation(planted)[: max(count, 2)]])
 
 
 def by_task(found: Mapping[str, Any]) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
@@ -80,12 +98,15 @@ def by_task(found: Mapping[str, Any]) -> dict[str, dict[str, dict[str, dict[str,
     for task in (*TASKS, "all"):
         benign = ~np.isin(source, PLANTED) if task == "all" else source == task
         for kind in PLANTED:
-            rows = benign | (source == kind)
-            # formulas that standardise see the corpus that they would see: each kind of harm alone
-            scores = all_scores({name: values[rows] for name, values in found["columns"].items()})
-            for name, values in scores.items():
-                measures = measure(values, source[rows] == kind)
-                results.setdefault(name, {}).setdefault(task, {})[kind] = measures
+            drawn: dict[str, list[dict[str, float]]] = {}
+            for seed in range(DRAWS):
+                rows = corpus(np.flatnonzero(benign), np.flatnonzero(source == kind), seed)
+                scores = all_scores({name: values[rows] for name, values in found["columns"].items()})
+                for name, values in scores.items():
+                    drawn.setdefault(name, []).append(measure(values, source[rows] == kind))
+            for name, some in drawn.items():
+                means = {key: round(float(np.mean([m[key] for m in some])), 4) for key in some[0]}
+                results.setdefault(name, {}).setdefault(task, {})[kind] = means
     return results
 
 

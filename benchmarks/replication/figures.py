@@ -16,7 +16,6 @@ Figures whose results are not there yet are left out, and named.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from data import TASKS
 from detection import all_scores
+from lines import last, lines
 from rules import adaptive
 from sample import read_scores
 from scipy.stats import norm
@@ -37,50 +37,9 @@ from thresholds import SHARES, draw, over_tasks
 
 from gradshield_fast.errors import InputError
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from record import RESULTS  # beside this folder, not installed
-
 COLOURS = {"benign": "#9aa5b1", "open": "#c0392b", "disguised": "#8e44ad"}
 LINES = ("#555555", "#c0392b", "#1f6fb2", "#2e8b57", "#d98200", "#8e44ad")
 MARKS = ("o", "s", "^", "D", "v", "P")
-
-
-def lines(name: str) -> list[dict[str, Any]]:
-    """Read a results file.
-
-    Args:
-        name: without its ending.
-
-    Returns:
-        Its lines.
-
-    Raises:
-        InputError: it is not there.
-    """
-    path = RESULTS / f"{name}.jsonl"
-    if not path.is_file():
-        raise InputError(f"{path.name}: not there yet")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def last(name: str, **wanted: Any) -> dict[str, Any]:
-    """Find the newest line of a results file.
-
-    Args:
-        name: without its ending.
-        wanted: what it must have, at the top or among its options.
-
-    Returns:
-        The line.
-
-    Raises:
-        InputError: there is none.
-    """
-    for line in reversed(lines(name)):
-        both = {**line["options"], **line}
-        if all(both.get(key) == value for key, value in wanted.items()):
-            return line
-    raise InputError(f"{name}: no line with {wanted}")
 
 
 def save(figure: Any, folder: Path, name: str) -> None:
@@ -187,11 +146,13 @@ def rules(start: str, method: str) -> Any:
     tasks = last("thresholds", start=start, kind="open")["results"][method]
     tables = [over_tasks(tasks, f"{share:g}") for share in SHARES]
     names = [
-        n for n in ("paper", "keep", "between", "students", "otsu", "left-3", "median-4", "clean-1") if n in tables[0]
+        n
+        for n in ("paper", "separated", "keep", "between", "students", "otsu", "left-3", "median-4", "clean-1")
+        if n in tables[0]
     ]
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     for k, name in enumerate(names):
-        style: dict[str, Any] = {"color": f"C{k}", "marker": (*MARKS, "X", "*")[k], "ms": 5, "label": name}
+        style: dict[str, Any] = {"color": f"C{k}", "marker": (*MARKS, "X", "*", "p")[k], "ms": 5, "label": name}
         axes[0].plot([100 * s for s in SHARES], [100 * t[name][0] for t in tables], **style)
         axes[1].plot([100 * s for s in SHARES[1:]], [100 * t[name][2] for t in tables[1:]], **style)
     axes[0].set_ylabel("benign rows removed, %")

@@ -2,6 +2,7 @@
 
 paper           the product's: two Gaussians if they gain more than 1.5 ln n nats, else mean + 2 deviations
 paper-A         the same with alpha = A nats
+separated       the product's other rule: two Gaussians only if they are apart, else false-0.05
 keep            as paper, but nothing is removed where one Gaussian is chosen
 between         two Gaussians by the same test, cut where the upper one becomes the likelier; else nothing
 students        two Student t with 4 degrees of freedom by the same test, cut where the upper one becomes the likelier
@@ -67,6 +68,10 @@ def _paper(alpha: float | None) -> Rule:
 def _keep(scores: np.ndarray, count: int, seed: int) -> np.ndarray:
     cut = adaptive(scores, 1.5 * math.log(len(scores)), seed)
     return cut.removes(scores) if cut.kind == "two_gaussians" else np.zeros(len(scores), dtype=bool)
+
+
+def _separated(scores: np.ndarray, count: int, seed: int) -> np.ndarray:
+    return fit_threshold(scores, random_state=seed, rule="separated").removes(scores)
 
 
 def _between(scores: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -204,6 +209,7 @@ def _nothing(scores: np.ndarray, count: int, seed: int) -> np.ndarray:
 RULES: dict[str, Rule] = {
     "paper": _paper(None),
     **{f"paper-{alpha}": _paper(float(alpha)) for alpha in (0, 5, 20, 50, 100)},
+    "separated": _separated,
     "keep": _keep,
     "between": _between,
     "students": _students,

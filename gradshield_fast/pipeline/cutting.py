@@ -44,7 +44,7 @@ def find_cut(parts: Sequence[Path], options: CutOptions) -> dict[str, Any]:
 
     Returns:
         The content of threshold.json: `value` (None if no row has a score), `kind` ("two_gaussians", "one_gaussian",
-        "given" or "none"), what the fit found, and the options.
+        "bulk", "given" or "none"), what the fit found, and the options.
     """
     check_direction(options, read_part(parts[0]).fihs.shape[1])
     cut: dict[str, Any] = {"column": options.column, "seed": options.seed}
@@ -63,11 +63,13 @@ def find_cut(parts: Sequence[Path], options: CutOptions) -> dict[str, Any]:
 
     if n <= EXACT_SCORES:
         values = np.concatenate(held).astype(np.float64)
-        return {**cut, **fit_threshold(values, alpha=options.alpha, random_state=options.seed).to_dict()}
+        found = fit_threshold(values, alpha=options.alpha, random_state=options.seed, rule=options.rule)
+        return {**cut, **found.to_dict()}
     histogram = Histogram(low, high)
     for path in parts:
         histogram.add(read_scores(path, options.column))
-    return {**cut, **fit_threshold_of(histogram, alpha=options.alpha, random_state=options.seed).to_dict()}
+    found = fit_threshold_of(histogram, alpha=options.alpha, random_state=options.seed, rule=options.rule)
+    return {**cut, **found.to_dict()}
 
 
 def is_dropped(part: Part, cut: Mapping[str, Any] | None, direction: int) -> np.ndarray:

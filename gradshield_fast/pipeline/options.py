@@ -16,6 +16,7 @@ DEFAULT_RANK = 16
 SAFETY_SCORES = ("refusal_logprob", "refusal_margin")
 NORMALIZATIONS = ("none", "cosine")
 REDUCTIONS = ("mean", "sum")
+CUT_RULES = ("paper", "separated")
 ENGINES = ("local", "ray")
 
 
@@ -163,14 +164,18 @@ class CutOptions:
         value: drop rows above this score, whatever their distribution.
         seed: seed of the mixture's fit.
         direction: which direction's score decides, where several were stacked.
+        rule: "paper" or "separated", see `fit_threshold`.
     """
 
     alpha: float | None = None
     value: float | None = None
     seed: int = 0
     direction: int = 0
+    rule: str = "paper"
 
     def __post_init__(self) -> None:
+        if self.rule not in CUT_RULES:
+            raise InputError(f"--rule must be one of {', '.join(CUT_RULES)}: got {self.rule!r}")
         if self.alpha is not None and self.value is not None:
             raise InputError("--alpha is for fitting the threshold and --threshold sets it; give one of them")
         for option, number in (("--alpha", self.alpha), ("--threshold", self.value)):

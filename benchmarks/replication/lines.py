@@ -1,0 +1,51 @@
+"""Reading the results files back, for figures and tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from gradshield_fast.errors import InputError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from record import RESULTS  # beside this folder, not installed
+
+
+def lines(name: str) -> list[dict[str, Any]]:
+    """Read a results file.
+
+    Args:
+        name: without its ending.
+
+    Returns:
+        Its lines.
+
+    Raises:
+        InputError: it is not there.
+    """
+    path = RESULTS / f"{name}.jsonl"
+    if not path.is_file():
+        raise InputError(f"{path.name}: not there yet")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def last(name: str, **wanted: Any) -> dict[str, Any]:
+    """Find the newest line of a results file.
+
+    Args:
+        name: without its ending.
+        wanted: what it must have, at the top or among its options.
+
+    Returns:
+        The line.
+
+    Raises:
+        InputError: there is none.
+    """
+    for line in reversed(lines(name)):
+        both = {**line["options"], **line}
+        if all(both.get(key) == value for key, value in wanted.items()):
+            return line
+    raise InputError(f"{name}: no line with {wanted}")
