@@ -24,6 +24,7 @@ ISA_FLAGS = {
     "csrc/isa/avx512.cpp": AVX512,
     "csrc/isa/amx.cpp": [*AVX512, "-mamx-tile", "-mamx-bf16"],
     "csrc/isa/avx512_attention.cpp": AVX512,
+    "csrc/isa/avx512_bf16_attention.cpp": [*AVX512, "-mavx512bf16"],
     "csrc/isa/amx_attention.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 """One build serves every processor: these files alone use more than the baseline, and run where cpuid allows it."""

@@ -50,6 +50,7 @@ struct Kernels {
 };
 
 extern const Kernels kAmx;
+extern const Kernels kAvx512Bf16;
 extern const Kernels kAvx512;
 
 }  // namespace gsf::attention

@@ -18,6 +18,11 @@ const attention::Kernels* kernels_of(Isa isa) {
 #if defined(GSF_AMX_ATTENTION)
   if (limit >= Isa::kAmx && __builtin_cpu_supports("avx512bf16")) return &attention::kAmx;
 #endif
+#if defined(GSF_AVX512_BF16_ATTENTION)
+  // above plain AVX-512, which a limit can still force
+  if (isa > Isa::kAvx512 && limit >= Isa::kAvx512 && __builtin_cpu_supports("avx512bf16"))
+    return &attention::kAvx512Bf16;
+#endif
 #if defined(GSF_AVX512_ATTENTION)
   if (limit >= Isa::kAvx512) return &attention::kAvx512;
 #endif

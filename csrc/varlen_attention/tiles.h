@@ -65,43 +65,62 @@ struct MatrixUnit {
   MatrixUnit() {}
 };
 
+// sum + both numbers of a pair of x times those of a pair of y, in all lanes
+#if defined(__AVX512BF16__)
+using Pairs = __m512bh;
+
+inline Pairs pairs_of(__m512i bits) {
+  return reinterpret_cast<Pairs>(bits);
+}
+inline __m512 add_pairs(__m512 sum, const Pairs& x, const Pairs& y) {
+  return _mm512_dpbf16_ps(sum, x, y);
+}
+#else
+struct Pairs {
+  __m512 even, odd;
+};
+
+inline Pairs pairs_of(__m512i bits) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), _mm512_castsi512_ps(_mm512_and_si512(bits, upper))};
+}
+inline __m512 add_pairs(__m512 sum, const Pairs& x, const Pairs& y) {
+  return _mm512_fmadd_ps(x.odd, y.odd, _mm512_fmadd_ps(x.even, y.even, sum));
+}
+#endif
+
+// Eight rows at a time, all 32 columns: what is made of a pair of x serves two products, and the sums fill half of the
+// registers.
 template <bool kAdd>
 inline void product(Factor x, Factor y, int64_t steps, float* c) {
-  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  for (int64_t tile = 0; tile < 4; ++tile) {
-    const uint16_t *rows = x.tiles + tile / 2 * x.other, *columns = y.tiles + tile % 2 * y.other;
-    __m512 sums[16];
-#pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r) sums[r] = kAdd ? _mm512_load_ps(c + tile * 256 + r * 16) : _mm512_setzero_ps();
+  for (int64_t part = 0; part < 4; ++part) {
+    const uint16_t* rows = x.tiles + part / 2 * x.other + part % 2 * 256;
+    float* to = c + part / 2 * 512 + part % 2 * 128;
+    __m512 low[8], high[8];
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; ++r) {
+      low[r] = kAdd ? _mm512_load_ps(to + r * 16) : _mm512_setzero_ps();
+      high[r] = kAdd ? _mm512_load_ps(to + 256 + r * 16) : _mm512_setzero_ps();
+    }
     for (int64_t s = 0; s < steps; ++s)
       for (int64_t k = 0; k < 16; ++k) {
-        const __m512i pair = _mm512_load_si512(columns + s * y.step + k * 32);
-        const uint16_t* row = rows + s * x.step + 2 * k;
-#if defined(__AVX512BF16__)
-#pragma GCC unroll 16
-        for (int r = 0; r < 16; ++r) {
+        const uint16_t *column = y.tiles + s * y.step + k * 32, *row = rows + s * x.step + 2 * k;
+        const Pairs first = pairs_of(_mm512_load_si512(column)), second = pairs_of(_mm512_load_si512(column + y.other));
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; ++r) {
           int bits;
           __builtin_memcpy(&bits, row + r * 32, 4);
-          sums[r] = _mm512_dpbf16_ps(sums[r], reinterpret_cast<__m512bh>(_mm512_set1_epi32(bits)),
-                                     reinterpret_cast<__m512bh>(pair));
+          const Pairs pair = pairs_of(_mm512_set1_epi32(bits));
+          low[r] = add_pairs(low[r], pair, first);
+          high[r] = add_pairs(high[r], pair, second);
         }
-#else
-        const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
-        const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pair, upper));
-#pragma GCC unroll 16
-        for (int r = 0; r < 16; ++r) {
-          int bits;
-          __builtin_memcpy(&bits, row + r * 32, 4);
-          const __m512i both = _mm512_set1_epi32(bits);
-          sums[r] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), even, sums[r]);
-          sums[r] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(both, upper)), odd, sums[r]);
-        }
-#endif
       }
-#pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r) _mm512_store_ps(c + tile * 256 + r * 16, sums[r]);
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; ++r) {
+      _mm512_store_ps(to + r * 16, low[r]);
+      _mm512_store_ps(to + 256 + r * 16, high[r]);
+    }
   }
-  (void)upper;
 }
 
 #endif

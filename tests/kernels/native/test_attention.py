@@ -16,14 +16,16 @@ from gradshield_fast.ops.varlen_attention import kernel_native, reference
 from tests.kernels.native.calls import needs_native
 from tests.ops.cases import boundaries, strided
 
-ISAS = ("avx512", "amx")
+LIMITS = {"avx512": "avx512", "avx512_bf16": "amx", "amx": "amx"}
+"""Kernels, and the limit under which each is the best of the processors that have it."""
+
 pytestmark = [needs_native, pytest.mark.skipif(kernel_native.isa() == "", reason="needs a CPU with AVX-512")]
 
 
 def isas() -> list[Any]:
-    """Both kernels as parameters; one that this processor lacks is skipped."""
-    lacks = pytest.mark.skip(reason="this processor does not have it, or the extension is not built")
-    limits = {name: native.ISAS.index(name) for name in ISAS}
+    """The kernels as parameters; one that this processor lacks, or has a better one for, is skipped."""
+    lacks = pytest.mark.skip(reason="this processor does not run it, or the extension is not built")
+    limits = {name: native.ISAS.index(limit) for name, limit in LIMITS.items()}
     return [pytest.param(i, id=n, marks=() if kernel_native.isa(i) == n else lacks) for n, i in limits.items()]
 
 
