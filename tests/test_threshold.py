@@ -368,7 +368,8 @@ class TestSeparated:
         assert middle == np.median(scores)
 
     def test_counts_stand_for_repeats(self):
-        scores, count = np.sort(np.random.default_rng(8).standard_t(2, 120)), np.arange(120) % 3 + 1.0
+        scores = np.sort(np.random.default_rng(8).standard_t(2, 120))
+        count = (np.arange(120) % 3 + 1).astype(np.float64)
         each = np.repeat(scores, count.astype(int))
         assert bulk(scores, count) == bulk(each, np.ones(each.size))
         first = outside(scores, count, *bulk(scores, count))
