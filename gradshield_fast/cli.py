@@ -90,7 +90,7 @@ def filter_corpus(
     compile: o.Compile = False,
     checkpoint: o.Checkpoint = False,
     dedupe: o.Dedupe = True,
-    rule: o.Rule = "paper",
+    rule: o.Rule = None,
     alpha: o.Alpha = None,
     threshold: o.Threshold = None,
     seed: o.Seed = 0,

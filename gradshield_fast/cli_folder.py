@@ -22,7 +22,7 @@ folder_commands = typer.Typer()
 @guarded(resumable=True)
 def draw_threshold(
     run: o.Run,
-    rule: o.Rule = "paper",
+    rule: o.Rule = None,
     alpha: o.Alpha = None,
     threshold: o.Threshold = None,
     seed: o.Seed = 0,
@@ -39,7 +39,7 @@ def draw_threshold(
 @guarded(resumable=True)
 def merge_shards(
     run: o.Run,
-    rule: o.Rule = "paper",
+    rule: o.Rule = None,
     alpha: o.Alpha = None,
     threshold: o.Threshold = None,
     seed: o.Seed = 0,

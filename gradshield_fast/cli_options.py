@@ -134,10 +134,11 @@ Alpha = Annotated[
     _option("--alpha", help="Nats that two Gaussians must gain over one; default 1.5 ln(n).", panel=_CUT),
 ]
 Rule = Annotated[
-    str,
+    str | None,
     _option(
         "--rule",
-        help="paper: two Gaussians or mean + 2 deviations; separated: two Gaussians if apart, or what sticks out.",
+        help="paper, the default: two Gaussians or mean + 2 deviations; separated: two Gaussians if apart, or what "
+        "sticks out; outliers, the default with --combine: what sticks out of the standard bulk.",
         panel=_CUT,
     ),
 ]

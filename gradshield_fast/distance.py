@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +24,14 @@ Floats = NDArray[np.float64]
 class Distance:
     """The bulk of a corpus in the space of its scores, and the distance from it.
 
-        y = W^T (x - m),  d^2 = y^T y = (x - m)^T C^-1 (x - m),  score = d^(2/3)
+        y = W^T (x - m),  d^2 = y^T y = (x - m)^T C^-1 (x - m)
+        score = ((d^2 / K)^(1/3) - (1 - v)) / v^(1/2),  v = 2 / (9 K)                                 K scores of a row
 
     m and C are the mean and covariance of the bulk, by the minimum covariance determinant: of all halves of the rows it
     takes the one that lies closest together, and then all rows that go with it. So rows that are planted do not shape
-    the bulk, as long as they are fewer than half. If the bulk is normal, d^2 has a chi-square distribution, whose cube
-    root is nearly normal: d^(2/3) is a score for the rules of `fit_threshold`, which presume that of the bulk.
+    the bulk, as long as they are fewer than half. If the bulk is normal, d^2 has a chi-square distribution with K
+    degrees of freedom, and the score, by the cube root of Wilson and Hilferty, nearly a standard normal one: that is
+    what the rule "outliers" of `fit_threshold` presumes.
 
     A score with a sign finds rows that push the model one way. Training on a disguised row may move refusals either
     way, so that its scores lie inside those of clean rows one by one, but it moves them together as no row of the task
@@ -77,7 +80,9 @@ class Distance:
         unit = np.median(np.abs(x - middle), axis=0)
         if not unit.all():
             raise InputError(f"half of the rows or more are equal in score {int(np.argmin(unit))}: they have no bulk")
-        fit = MinCovDet(random_state=random_state).fit((x - middle) / unit)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of scores that follow from each other, which the next check names
+            fit = MinCovDet(random_state=random_state).fit((x - middle) / unit)
         spread = np.sqrt(np.diag(fit.covariance_))
         if not spread.all() or np.linalg.eigvalsh(fit.covariance_ / np.outer(spread, spread))[0] < _SAME:
             raise InputError("some of the scores follow from the others, in half of the rows at least: leave them out")
@@ -93,7 +98,7 @@ class Distance:
             scores: real numbers [rows, scores]; NaN where there is none.
 
         Returns:
-            float32 [rows], d^(2/3); NaN for a row that lacks a score.
+            float32 [rows], about N(0, 1) in the bulk; NaN for a row that lacks a score.
         """
         away = np.asarray(scores, dtype=np.float64) - self.centre
         square = np.zeros(len(away))
@@ -102,7 +107,8 @@ class Distance:
             for j in range(k, self.centre.size):
                 y += self.whiten[j, k] * away[:, j]
             square += y * y
-        return np.cbrt(square).astype(np.float32)
+        v = 2.0 / (9.0 * self.centre.size)
+        return ((np.cbrt(square / self.centre.size) - (1.0 - v)) / np.sqrt(v)).astype(np.float32)
 
     def to_dict(self) -> dict[str, Any]:
         """The bulk as plain JSON values."""

@@ -13,7 +13,7 @@ from gradshield_fast.errors import InputError
 from gradshield_fast.pipeline.options import CutOptions
 from gradshield_fast.pipeline.parts import read_columns
 
-FIT_ROWS = 100_000
+FIT_ROWS = 20_000
 """Rows that the bulk of a larger corpus is fitted on, drawn by the seed."""
 
 

@@ -56,12 +56,12 @@ def find_cut(parts: Sequence[Path], options: CutOptions) -> dict[str, Any]:
 
     if n <= EXACT_SCORES:
         values = np.concatenate(held).astype(np.float64)
-        found = fit_threshold(values, alpha=options.alpha, random_state=options.seed, rule=options.rule)
+        found = fit_threshold(values, alpha=options.alpha, random_state=options.seed, rule=options.fitted_rule)
         return {**cut, **found.to_dict()}
     histogram = Histogram(low, high)
     for path in parts:
         histogram.add(scores(path))
-    found = fit_threshold_of(histogram, alpha=options.alpha, random_state=options.seed, rule=options.rule)
+    found = fit_threshold_of(histogram, alpha=options.alpha, random_state=options.seed, rule=options.fitted_rule)
     return {**cut, **found.to_dict()}
 
 

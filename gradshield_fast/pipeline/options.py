@@ -18,7 +18,7 @@ SAFETY_SCORES = ("refusal_logprob", "refusal_margin", "compliance_logprob", "ide
 COMBINATIONS = ("distance",)
 NORMALIZATIONS = ("none", "cosine")
 REDUCTIONS = ("mean", "sum")
-CUT_RULES = ("paper", "separated")
+CUT_RULES = ("paper", "separated", "outliers")
 ENGINES = ("local", "ray")
 
 
@@ -173,7 +173,7 @@ class CutOptions:
         value: drop rows above this score, whatever their distribution.
         seed: seed of the mixture's fit.
         direction: which direction's score decides, where several were stacked.
-        rule: "paper" or "separated", see `fit_threshold`.
+        rule: "paper", "separated" or "outliers", see `fit_threshold`; None: "outliers" of a combination, else "paper".
         combine: "distance": all directions decide together, see `gradshield_fast.distance`; None: one does.
     """
 
@@ -181,7 +181,7 @@ class CutOptions:
     value: float | None = None
     seed: int = 0
     direction: int = 0
-    rule: str = "paper"
+    rule: str | None = None
     combine: str | None = None
 
     def __post_init__(self) -> None:
@@ -189,8 +189,10 @@ class CutOptions:
             raise InputError(f"--combine must be one of {', '.join(COMBINATIONS)}: got {self.combine!r}")
         if self.combine is not None and self.direction:
             raise InputError("--combine lets all directions decide and --direction-index one; give one of them")
-        if self.rule not in CUT_RULES:
+        if self.fitted_rule not in CUT_RULES:
             raise InputError(f"--rule must be one of {', '.join(CUT_RULES)}: got {self.rule!r}")
+        if self.rule == "outliers" and self.combine is None:
+            raise InputError("--rule outliers is for scores whose bulk is standard normal: give --combine distance too")
         if self.alpha is not None and self.value is not None:
             raise InputError("--alpha is for fitting the threshold and --threshold sets it; give one of them")
         for option, number in (("--alpha", self.alpha), ("--threshold", self.value)):
@@ -198,6 +200,11 @@ class CutOptions:
                 raise InputError(f"{option} must be a finite number: got {number}")
         if self.direction < 0:
             raise InputError(f"--direction-index counts from 0: got {self.direction}")
+
+    @property
+    def fitted_rule(self) -> str:
+        """The rule, named or not."""
+        return self.rule or ("paper" if self.combine is None else "outliers")
 
     @property
     def column(self) -> str:
