@@ -57,7 +57,7 @@ def test_planted_rows_stick_out_that_no_score_shows_alone(share: float) -> None:
 
 
 def test_many_planted_rows_do_not_shape_the_bulk() -> None:
-    x = np.concatenate([bulk(400), bulk(170, 1) + [0.01, 0.01, 0.0]])
+    x = np.concatenate([bulk(400), bulk(170, 1) + np.array([0.01, 0.01, 0.0])])
     scores = Distance.fit(x).of(x)
     gone = fit_threshold(scores, rule="outliers").removes(scores)
     assert gone[400:].all()
