@@ -174,7 +174,8 @@ def test_doctor_keeps_and_forgets_preferences(cli: Cli, tmp_path: Path, monkeypa
     assert result.code == 0
     assert "reference (preferred)" in result.out
     assert "reference (preferred)" in cli("doctor").out
-    monkeypatch.setattr("gradshield_fast.doctor.measured_backends", lambda: [("ghost_dot | float32[1024,512] " * 5, "x")])
+    key = "ghost_dot | float32[1024,512] " * 5
+    monkeypatch.setattr("gradshield_fast.doctor.measured_backends", lambda: [(key, "x")])
     assert "│ x " in cli("doctor").out  # a long key leaves room for its answer
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
