@@ -177,8 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         for mutation in sorted(chosen, key=lambda m: m.builds):  # else the extension would have to be put right between
             outcomes.append(last := attempt(mutation, place))
             print(f"{last.verdict:9s} {mutation.name:32s} {last.seconds:6.1f} s  {last.detail}", flush=True)
-    before = TABLE.read_text(encoding="utf-8") if TABLE.exists() else ""
-    TABLE.write_text(table(outcomes, before), encoding="utf-8")
+            TABLE.write_text(table([last], TABLE.read_text(encoding="utf-8")), encoding="utf-8")
     return int(any(o.verdict != "caught" and not o.verdict.startswith(NOT_RUN) for o in outcomes))
 
 
