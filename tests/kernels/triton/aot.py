@@ -3,8 +3,9 @@
     python -m tests.kernels.triton.aot [--target sm_90] [--kernel project_kernel] [--first]
 
 A case is one kernel, one tiling and one set of input types. It holds where nothing spills, registers and shared memory
-stay inside the tiling's budget, the matrix instructions of the target are there, nothing is atomic, asynchronous copies move
-16 bytes, and tensor descriptors become copies of whole tiles. Tilings of one group must also sum in one order (`order.py`).
+stay inside the tiling's budget, the matrix instructions of the target are there, nothing is atomic, asynchronous copies
+move 16 bytes, and tensor descriptors become copies of whole tiles. Tilings of one group must also sum in one order
+(`order.py`).
 """
 
 from __future__ import annotations
