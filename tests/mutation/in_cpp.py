@@ -127,6 +127,7 @@ IN_CPP = (
         "ghost_dot_lowrank/cpu.cpp",
         "if (end[k] == 0) begin[k] = j / kPanel;",
         "begin[k] = j / kPanel;",
+        f"{NATIVE}::test_rows_that_lie_on_whole_lines",
     ),
     native(
         "tile-special",
@@ -161,6 +162,7 @@ IN_CPP = (
         "common/amx.h",
         "x.at(t + i * kTile, k)), x.row_stride, 0}",
         "x.at(t + i * kTile, k)), x.cols, 0}",
+        f"{NATIVE}::test_rows_that_lie_on_whole_lines",
         needs="amx",
     ),
     native(
@@ -169,7 +171,7 @@ IN_CPP = (
         "common/pool.cpp",
         "    done_.wait(lock, [this] { return active_ == 0; });\n",
         "",
-        PROCESS,
-        NATIVE,
+        f"{PROCESS}::test_no_kernel_reads_or_writes_beyond_its_buffers",
+        f"{PROCESS}::test_a_forked_child_has_threads_of_its_own",
     ),
 )

@@ -11,7 +11,7 @@ IN_HEAD = (
         "linear_cross_entropy/softmax.h",
         "z[(i / 16 * 2 + half) * 256 + i % 16 * 16 + lane] = nothing;",
         "static_cast<void>(i);",
-        HEAD,
+        f"{HEAD}::test_many_chunks_and_groups",
         needs="avx512",
     ),
     native(
@@ -20,7 +20,7 @@ IN_HEAD = (
         "linear_cross_entropy/softmax.h",
         "if (kCap) share = _mm512_maskz_mul_ps(keep, share, slope);",
         "",
-        HEAD,
+        f"{HEAD}::test_peaked_logits",
         needs="avx512",
     ),
     native(
@@ -29,7 +29,7 @@ IN_HEAD = (
         "linear_cross_entropy/finish.cpp",
         "sum[t] += in.sum[at] * std::exp(in.top[at] - top[t]);",
         "sum[t] += in.sum[at];",
-        HEAD,
+        f"{HEAD}::test_many_chunks_and_groups",
         needs="avx512",
     ),
     native(
@@ -38,7 +38,7 @@ IN_HEAD = (
         "linear_cross_entropy/softmax.h",
         "_mm512_store_ps(x, _mm512_mul_ps(_mm512_load_ps(x), factor));",
         "_mm512_store_ps(x, _mm512_load_ps(x));",
-        HEAD,
+        f"{HEAD}::test_reference_logit_follows_the_largest",
         needs="avx512",
     ),
     native(
@@ -47,7 +47,8 @@ IN_HEAD = (
         "linear_cross_entropy/softmax.h",
         "if (!kRounded && exceeds(coarse, _mm512_mul_ps(whole, _mm512_set1_ps(0x1p-14f)))) return 2;",
         "if (!kRounded && exceeds(coarse, _mm512_mul_ps(whole, _mm512_set1_ps(0x1p-14f)))) return 1;",
-        HEAD,
+        f"{HEAD}::test_many_chunks_and_groups",
+        f"{HEAD}::test_peaked_logits",
         needs="avx512",
     ),
 )
