@@ -116,6 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, help="minutes after which no further cell is begun")
     parser.add_argument("--work", type=Path, default=Path("build/replication"), help="folder of the rows' scores")
     parser.add_argument("--results", default="replication", help="file in benchmarks/results that gets the lines")
+    parser.add_argument("--answers", type=Path, help="file that gets the answers to harmful prompts, for judge.py")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(argv)
     if options.data is None:
@@ -138,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"out of time: {number} of {len(todo)} cells gone through; run again to go on")
             break
         known = {line["training_fingerprint"]: line["outcome"] for line in lines}
-        line = {**about, **run_cell(cell, sizes, start, folder, options.work, known)}
+        line = {**about, **run_cell(cell, sizes, start, folder, options.work, known, options.answers)}
         append(results, line)
         name = f"{cell.start} {cell.task} {cell.harm} {cell.method}/{cell.rule} seed {cell.seed}"
         print(f"{number + 1}/{len(todo)} {name}: {describe(line)}", flush=True)
