@@ -73,6 +73,29 @@ def test_a_direction_in_passes_alone_and_within_a_run(cli: Cli, tiny_model: Path
     assert "direction.passes (3 there, 1 here)" in other.err
 
 
+def test_three_scores_are_built_and_decide_together(cli: Cli, tiny_model: Path, probes: Path, tmp_path: Path) -> None:
+    rows = corpus(tmp_path / "rows.jsonl", 40)
+    scores = "refusal_margin,compliance_logprob,identity_margin"
+    build = ("--model", tiny_model, "--device", "cpu", "--probes", probes, "--rank", 2)
+    run = tmp_path / "run"
+    whole = cli("filter", rows, *build, "--score", scores, "--combine", "distance", "--out", run)
+    assert whole.code == 0
+    assert "distance > " in whole.out
+    for line in (*scores.split(","), "nats a token; over 12"):
+        assert line in whole.out
+    made = cli("direction", *build, "--score", scores, "--out", tmp_path / "three.safetensors")
+    assert made.code == 0
+    assert "3 directions" in made.out
+    assert (run / "direction.safetensors").read_bytes() == (tmp_path / "three.safetensors").read_bytes()
+    steps = tmp_path / "steps"
+    score = ("--direction", tmp_path / "three.safetensors", "--out", steps)
+    assert cli("score", rows, *build[:4], *score).code == 0
+    assert cli("threshold", steps, "--combine", "distance").code == 0
+    for name in ("kept.jsonl", "dropped.jsonl", "threshold.json", "scores/part-00000.parquet"):
+        assert (steps / name).read_bytes() == (run / name).read_bytes()
+    assert cli("threshold", steps, "--rule", "outliers").code == 2
+
+
 def test_a_complete_run_says_so(cli: Cli, tiny_model: Path, probes: Path, tmp_path: Path) -> None:
     rows = corpus(tmp_path / "rows.jsonl", 12)
     command = ("filter", rows, "--model", tiny_model, "--device", "cpu", "--probes", probes, "--allow-unaligned")
