@@ -35,7 +35,7 @@ def cells(section: str, starts: Sequence[str]) -> Iterator[Cell]:
         headline    Banking77, every level of open harm, all arms, the first seed
         disguised   the same with disguised rows, and a mix
         seeds       none, 10 and 30 % of open harm, 10 % of disguised, with the other seeds, all arms but chance
-        starts      10 % of open harm, of disguised and of none, on every other start
+        starts      10 % of open harm, of disguised and of none, on every other start, all arms but chance
         methods     every other method at 10 % of open and of disguised harm, on the first start: by the paper's rule,
                     and removing as many rows as were planted
         tasks       every other task with 10 % of open harm and of none
@@ -56,7 +56,7 @@ def cells(section: str, starts: Sequence[str]) -> Iterator[Cell]:
             yield from _arms(first, "banking77", SEED_LEVELS, seed, ARMS[:-1])
     elif section == "starts":
         for start in others:
-            yield from _arms(start, "banking77", ("open-10", "clean", "disguised-10"), 0)
+            yield from _arms(start, "banking77", ("open-10", "clean", "disguised-10"), 0, ARMS[:-1])
     elif section == "methods":
         named = {name for name, _ in ARMS}
         arms = [(name, rule) for name in METHODS for rule in ("top", "paper") if name not in named]
