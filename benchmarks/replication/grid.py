@@ -24,7 +24,7 @@ LEVELS = ("open-30", "clean", "open-10", "open-5", "open-20", "open-1")
 
 DISGUISED = ("disguised-10", "mixed-10", "disguised-2")
 SEEDS = (0, 1, 2)
-SEED_LEVELS = ("open-10", "open-30", "clean", "disguised-10")
+SEED_LEVELS = ("open-30", "open-10", "clean", "disguised-10")
 
 SECTIONS = ("headline", "disguised", "seeds", "starts", "methods", "tasks", "all-starts")
 
@@ -52,8 +52,9 @@ def cells(section: str, starts: Sequence[str]) -> Iterator[Cell]:
     if section in ("headline", "disguised"):
         yield from _arms(first, "banking77", LEVELS if section == "headline" else DISGUISED, 0)
     elif section == "seeds":
-        for seed in SEEDS[1:]:
-            yield from _arms(first, "banking77", SEED_LEVELS, seed, ARMS[:-1])
+        for level in SEED_LEVELS:
+            for seed in SEEDS[1:]:
+                yield from _arms(first, "banking77", (level,), seed, ARMS[:-1])
     elif section == "starts":
         for start in others:
             yield from _arms(start, "banking77", ("open-10", "clean", "disguised-10"), 0, ARMS[:-1])
