@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2-demo", help="model folder or name")
     parser.add_argument("--data", default=os.environ.get("GRADSHIELD_SHARED_DATA"), help="data folder")
     parser.add_argument("--recipe", choices=sorted(RECIPES), default="plain")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
+    parser.add_argument("--out", type=Path, help="folder to write the model to; without it --model is judged as it is")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-tokens", type=int, default=160, help="rows are cut there")
     parser.add_argument("--threads", type=int, default=2)
@@ -137,25 +137,27 @@ def main(argv: list[str] | None = None) -> int:
     if options.data is None:
         raise InputError("align: give the data folder with --data or GRADSHIELD_SHARED_DATA")
     folder = Path(options.data)
-    if options.out.exists() and any(options.out.iterdir()):
+    if options.out is not None and options.out.exists() and any(options.out.iterdir()):
         raise InputError(f"align: {options.out} is not empty; give another folder with --out")
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     model, tokenizer = load_start(options.model)
-    record: dict[str, Any] = {"recipe": options.recipe, "seed": options.seed, "model": Path(options.model).name}
-    record["settings"] = dataclasses.asdict(RECIPES[options.recipe])
+    record: dict[str, Any] = {"model": Path(options.model).name, "seed": options.seed}
     print("before", flush=True)
     record["before"] = judge(model.bfloat16(), tokenizer, folder, options.check)
-    report, seen = teach(model.float(), tokenizer, folder, RECIPES[options.recipe], options.seed, options.max_tokens)
-    record |= {"training": dataclasses.asdict(report), "checks": seen}
-    print("after", flush=True)
-    record["after"] = judge(model, tokenizer, folder, options.check)
-    record["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
-    model.save_pretrained(options.out)
-    tokenizer.save_pretrained(options.out)
-    (options.out / "align.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if options.out is not None:
+        recipe = RECIPES[options.recipe]
+        report, seen = teach(model.float(), tokenizer, folder, recipe, options.seed, options.max_tokens)
+        record |= {"recipe": options.recipe, "settings": dataclasses.asdict(recipe)}
+        record |= {"training": dataclasses.asdict(report), "checks": seen}
+        print("after", flush=True)
+        record["after"] = judge(model, tokenizer, folder, options.check)
+        record["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+        model.save_pretrained(options.out)
+        tokenizer.save_pretrained(options.out)
+        (options.out / "align.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if options.record:
-        append("starts", {**surroundings({"recipe": options.recipe, "threads": options.threads}), **record})
+        append("starts", {**surroundings({"threads": options.threads}), **record})
     return 0
 
 
