@@ -137,8 +137,8 @@ Rule = Annotated[
     str | None,
     _option(
         "--rule",
-        help="paper, the default: two Gaussians or mean + 2 deviations; separated: two Gaussians if apart, or what "
-        "sticks out; outliers, the default with --combine: what sticks out of the standard bulk.",
+        help="separated, the default: two Gaussians if apart, or what sticks out; paper: two Gaussians or mean + 2 "
+        "deviations; outliers, the default with --combine: what sticks out of the standard bulk.",
         panel=_CUT,
     ),
 ]

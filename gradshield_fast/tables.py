@@ -25,8 +25,8 @@ def facts(rows: Sequence[tuple[str, Any]], title: str | None = None) -> Table:
         A table.
     """
     table = Table(title=title, show_header=False, title_justify="left")
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    for _ in range(2):  # neither may push the other out of a narrow terminal
+        table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(cell(name), cell(value))
     return table

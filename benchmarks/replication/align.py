@@ -34,6 +34,9 @@ from training import Report, Settings, fit, load_start
 from gradshield_fast.chat import ChatEncoder
 from gradshield_fast.errors import GradShieldError, InputError
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from record import append, surroundings  # beside this folder, not installed
+
 
 def refusal_rate(model: Any, tokenizer: Any, prompts: list[str]) -> float:
     """Share of prompts whose answer begins like a refusal.
@@ -129,6 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=160, help="rows are cut there")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--check", type=int, default=100, help="prompts of each kind to judge on, before and after")
+    parser.add_argument("--record", action="store_true", help="add a line to benchmarks/results/starts.jsonl")
     options = parser.parse_args(argv)
     if options.data is None:
         raise InputError("align: give the data folder with --data or GRADSHIELD_SHARED_DATA")
@@ -150,6 +154,8 @@ def main(argv: list[str] | None = None) -> int:
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     (options.out / "align.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if options.record:
+        append("starts", {**surroundings({"recipe": options.recipe, "threads": options.threads}), **record})
     return 0
 
 

@@ -173,7 +173,7 @@ class CutOptions:
         value: drop rows above this score, whatever their distribution.
         seed: seed of the mixture's fit.
         direction: which direction's score decides, where several were stacked.
-        rule: "paper", "separated" or "outliers", see `fit_threshold`; None: "outliers" of a combination, else "paper".
+        rule: "paper", "separated" or "outliers", see `fit_threshold`; None: "outliers" of a combination, else "separated".
         combine: "distance": all directions decide together, see `gradshield_fast.distance`; None: one does.
     """
 
@@ -204,7 +204,7 @@ class CutOptions:
     @property
     def fitted_rule(self) -> str:
         """The rule, named or not."""
-        return self.rule or ("paper" if self.combine is None else "outliers")
+        return self.rule or ("separated" if self.combine is None else "outliers")
 
     @property
     def column(self) -> str:

@@ -187,7 +187,7 @@ def test_score_needs_a_direction(cli: Cli, tiny_model: Path, tmp_path: Path) -> 
 def test_doctor_says_what_runs_and_what_does_not(cli: Cli) -> None:
     result = cli("doctor")
     assert result.code == 0
-    for name in ("torch", "triton", "nvcc", "C++ compiler", "GPU", "ghost_dot", "reference"):
+    for name in ("torch", "triton", "nvcc", "C++ compiler", "GPU", "ghost_dot", "reference", "native CUDA kernels"):
         assert name in result.out
 
 
@@ -197,6 +197,11 @@ def test_doctor_keeps_and_forgets_preferences(cli: Cli, tmp_path: Path, monkeypa
     assert result.code == 0
     assert "reference (preferred)" in result.out
     assert "reference (preferred)" in cli("doctor").out
+    key = "ghost_dot | float32[1024,512] " * 5
+    monkeypatch.setattr("gradshield_fast.doctor.measured_backends", lambda: [(key, "x")])
+    assert "│ x " in cli("doctor").out  # a long key leaves room for its answer
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert "preferred" not in cli("doctor", "--clear-measurements").out
     for choice, said in (("ghost_dot", "backend must be one of"), ("ghost=triton", "OP one of embedding_dot")):
         result = cli("doctor", "--prefer", choice)
