@@ -173,7 +173,8 @@ class CutOptions:
         value: drop rows above this score, whatever their distribution.
         seed: seed of the mixture's fit.
         direction: which direction's score decides, where several were stacked.
-        rule: "paper", "separated" or "outliers", see `fit_threshold`; None: "outliers" of a combination, else "separated".
+        rule: "paper", "separated" or "outliers", see `fit_threshold`; None: "outliers" of a combination,
+            else "separated".
         combine: "distance": all directions decide together, see `gradshield_fast.distance`; None: one does.
     """
 
