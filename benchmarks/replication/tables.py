@@ -60,7 +60,7 @@ def detection(start: str) -> str:
 
 
 def thresholds(start: str, kind: str) -> str:
-    """What the rules remove by the default score.
+    """What the rules remove by the default score, and the rule of the distance by that.
 
     Args:
         start: name of the start.
@@ -69,13 +69,20 @@ def thresholds(start: str, kind: str) -> str:
     Returns:
         The table.
     """
-    tasks = last("thresholds", start=start, kind=kind)["results"]["margin-cosine"]
-    tables = [over_tasks(tasks, f"{share:g}") for share in SHARES]
     rows = []
-    for rule in tables[0]:
-        cells = [f"{100 * t[rule][0]:.1f} ({100 * t[rule][1]:.1f}) / {100 * t[rule][2]:.0f}" for t in tables]
-        rows.append([rule, cells[0].split(" /")[0], *cells[1:]])
-    return table(["rule", *(f"{share:.0%}" for share in SHARES)], rows)
+    for method in ("margin-cosine", "distance"):
+        found = [x for x in lines("thresholds") if x["start"] == start and x["options"]["kind"] == kind]
+        tasks = next((x["results"][method] for x in reversed(found) if method in x["results"]), None)
+        if tasks is None:
+            continue
+        tables = [over_tasks(tasks, f"{share:g}") for share in SHARES]
+        for rule in tables[0]:
+            if (rule == "outliers") == (method == "distance"):
+                cells = [f"{100 * t[rule][0]:.1f} ({100 * t[rule][1]:.1f}) / {100 * t[rule][2]:.0f}" for t in tables]
+                rows.append([f"{method}, {rule}", cells[0].split(" /")[0], *cells[1:]])
+    if not rows:
+        raise InputError(f"thresholds: nothing of {start}")
+    return table(["score and rule", *(f"{share:.0%}" for share in SHARES)], rows)
 
 
 def claim(start: str) -> str:

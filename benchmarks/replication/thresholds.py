@@ -54,7 +54,8 @@ def draw(source: np.ndarray, task: str, kind: str, share: float, rng: np.random.
     """
     pool = np.flatnonzero(~np.isin(source, PLANTED) if task == "all" else source == task)
     pool = rng.permutation(pool)
-    clean, benign = pool[:CLEAN], pool[CLEAN:]
+    held = min(CLEAN, len(pool) // 2)
+    clean, benign = pool[:held], pool[held:]
     pools = [np.flatnonzero(source == name) for name in KINDS[kind]]
     most = len(pools) * min(map(len, pools)) / share * (1 - share) if share else len(benign)
     benign = benign[: round(most)]
