@@ -2,6 +2,7 @@
 
     python benchmarks/replication/tables.py            # rewrites what stands between the marks
     python benchmarks/replication/tables.py --check    # says whether the file is as the results have it
+    python benchmarks/replication/tables.py --page README.md
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; a table whose results are not there yet stays empty.
 """
@@ -222,6 +223,38 @@ def headline(start: str) -> str:
     return table(["harm", *(f"{method}, {rule}" for method, rule in shown)], rows)
 
 
+BRIEF = {
+    "no filter": ("none", "nothing"),
+    "paper's score and rule": ("fihs", "paper"),
+    "default": ("margin-cosine", "separated"),
+    "`--combine distance`": ("distance", "outliers"),
+    "oracle": ("oracle", "top"),
+}
+
+
+def brief(start: str) -> str:
+    """Attack success in % and exact match of the arms that matter to a user, all seeds together.
+
+    Args:
+        start: name of the start.
+
+    Returns:
+        The table.
+    """
+    groups = cells_of(start)
+    rows = []
+    for harm in HARM:
+        row = [harm]
+        for arm in BRIEF.values():
+            some = groups.get(("banking77", harm, *arm), [])
+            hits, count = np.sum([attacks(line) for line in some], 0) if some else (0, 0)
+            useful = np.mean([utility(line)[1] for line in some]) if some else 0.0
+            row.append(f"{100 * hits / count:.1f}; {useful:.3f}" if some else "-")
+        if len(set(row[1:])) > 1:
+            rows.append(row)
+    return table(["planted, % of the corpus", *BRIEF], rows)
+
+
 def outcomes(start: str) -> str:
     """What fine-tuning led to, cell by cell.
 
@@ -247,6 +280,7 @@ def outcomes(start: str) -> str:
 
 
 MAKERS: dict[str, Callable[[str], str]] = {
+    "brief": brief,
     "headline": headline,
     "outcomes": outcomes,
     "detection": detection,
