@@ -204,7 +204,7 @@ def _native() -> str:
         first = "" if here else "install g++ or clang++, then "
         again = "pip install --force-reinstall --no-deps ., or make native, in the source folder"
         return f"missing: {native.missing}; {first}{again}"
-    unused = {"portable": "AVX2", "avx2": "AVX-512", "avx512": "AMX"}.get(best)
+    unused = {"portable": "AVX2", "avx2": "AVX-512", "avx512": "BF16", "avx512_bf16": "AMX"}.get(best)
     return f"built, {best} runs" + (f" (neither {unused} nor above on this machine)" if unused else "")
 
 

@@ -41,9 +41,12 @@ Isa detect() {
   const uint64_t state = enabled_state();
   const bool avx2 = bit(b, 5), avx512 = bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);
   const bool amx = bit(d, 24) && bit(d, 22);
+  uint32_t more = 0;
+  const bool bf16 = __get_cpuid_count(7, 1, &more, &b, &c, &d) && bit(more, 5);
   if (!(avx2 && fma && f16c && (state & 0x6) == 0x6)) return Isa::kPortable;
   if (!(avx512 && (state & 0xe6) == 0xe6)) return Isa::kAvx2;
-  if (!(amx && (state & 0x60000) == 0x60000 && may_use_tiles())) return Isa::kAvx512;
+  if (!bf16) return Isa::kAvx512;
+  if (!(amx && (state & 0x60000) == 0x60000 && may_use_tiles())) return Isa::kAvx512Bf16;
   return Isa::kAmx;
 }
 #else
@@ -64,6 +67,9 @@ const Kernels& kernels(Isa isa) {
   const Isa limit = isa < best_isa() ? isa : best_isa();
 #if defined(GSF_AMX)
   if (limit >= Isa::kAmx) return kAmx;
+#endif
+#if defined(GSF_AVX512_BF16)
+  if (limit >= Isa::kAvx512Bf16) return kAvx512Bf16;
 #endif
 #if defined(GSF_AVX512)
   if (limit >= Isa::kAvx512) return kAvx512;
