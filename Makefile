@@ -11,7 +11,7 @@ DEMO_STAMP := $(VENV)/.installed-demo
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help venv native demo test test-mutation lint format bench bench-peers gpu docs clean
+.PHONY: help venv native demo test test-mutation lint format bench bench-peers bench-gpu docs clean
 
 help: ## list the commands
 	@grep -E '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -72,8 +72,8 @@ $(PEERS)/.installed: benchmarks/peers/requirements.lock | $(DEV_STAMP)
 bench-peers: $(PEERS)/.installed ## time every other way to score rows beside ours; see benchmarks/peers/README.md
 	$(BIN)/python benchmarks/peers/run.py $(ARGS)
 
-gpu: $(DEV_STAMP) ## run every GPU test and benchmark, where there is a GPU
-	$(BIN)/python benchmarks/ops/run.py --device cuda $(ARGS)
+bench-gpu: $(DEV_STAMP) ## run every GPU test and benchmark, where there is a GPU; ARGS="--data DATA"
+	$(BIN)/python benchmarks/bench_gpu.py $(ARGS)
 
 docs: $(DEV_STAMP) ## run every example in the docstrings
 	$(BIN)/python -m pytest --doctest-modules gradshield_fast

@@ -22,6 +22,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16
 ISA_FLAGS = {
     "csrc/isa/avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "csrc/isa/avx512.cpp": AVX512,
+    "csrc/isa/avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
     "csrc/isa/amx.cpp": [*AVX512, "-mamx-tile", "-mamx-bf16"],
     "csrc/isa/avx512_attention.cpp": AVX512,
     "csrc/isa/avx512_bf16_attention.cpp": [*AVX512, "-mavx512bf16"],

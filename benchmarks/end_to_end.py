@@ -28,6 +28,7 @@ from benchmarks.forwards import forwards
 from benchmarks.peers.peer import entries_of
 from benchmarks.record import append, surroundings
 from benchmarks.workload import (
+    RANDOM,
     PeakMemory,
     add_options,
     as_taken,
@@ -36,6 +37,7 @@ from benchmarks.workload import (
     open_model,
     padded,
     probe_direction,
+    random_direction,
     read_rows,
     synchronize,
     tokens_of,
@@ -65,6 +67,27 @@ def stacked(direction: Direction, count: int, rank: int) -> Direction:
         parts.append(Direction(noise))
     parts = [part.low_rank(rank=rank) if rank else part for part in parts]
     return parts[0] if count == 1 else Direction.stack(parts)
+
+
+def made(model: Any, tokenizer: Any, options: argparse.Namespace) -> Direction:
+    """Make what to score against.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        options: the command line's.
+
+    Returns:
+        The directions.
+    """
+    if options.model == RANDOM:
+        return random_direction(model, options.rank)
+    if options.direction is None:
+        dense = probe_direction(model, tokenizer, options.probes)
+    else:
+        dense = Direction.load(options.direction)
+        dense.meta.pop("model", None)  # only its shapes matter here, and it may be of the model in another type
+    return stacked(dense, options.directions, options.rank)
 
 
 def scorer_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -217,6 +240,8 @@ def parse() -> tuple[argparse.Namespace, Path]:
     options = parser.parse_args()
     if min(options.rounds, options.directions) < 1 or options.rank < 0:
         parser.error("--rounds and --directions must be at least 1, --rank at least 0")
+    if options.model == RANDOM and (options.rank == 0 or options.directions > 1 or options.direction is not None):
+        parser.error(f"{RANDOM} is scored against one random direction of low rank")
     return options, data_folder(parser, options)
 
 
@@ -226,12 +251,7 @@ def main() -> None:
     model, tokenizer = open_model(options.model, options.dtype, options.threads)
     rows = read_rows(data, tokenizer, options.rows, options.max_length)
     tokens, response = tokens_of(rows)
-    if options.direction is None:
-        dense = probe_direction(model, tokenizer, options.probes)
-    else:
-        dense = Direction.load(options.direction)
-        dense.meta.pop("model", None)  # only its shapes matter here, and it may be of the model in another type
-    direction = stacked(dense, options.directions, options.rank)
+    direction = made(model, tokenizer, options)
     batches = batches_of(rows, options.batch_tokens)
     found = measure(model, direction, batches, options)
     result = summary(found, len(rows), tokens, response, floor.operations(model, tokens, response))

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.workload import IGNORE, row_losses
 from gradshield_fast.packing import Batch
+from gradshield_fast.repeated import reclassed, repeated_layers, with_forward
 
 Forward = Callable[[], list[torch.Tensor]]
 
@@ -22,7 +23,7 @@ def forwards(model: Any, batches: Sequence[Batch], *, compiled: bool) -> dict[st
     Args:
         model: a causal language model.
         batches: packed rows.
-        compiled: also one through torch.compile, which takes minutes at its first call on a CPU.
+        compiled: also one whose layers go through torch.compile; one layer is compiled for all of them.
 
     Returns:
         Variant -> a function that runs all batches and gives each one's losses, Float32[Tensor, "rows"].
@@ -34,18 +35,20 @@ def forwards(model: Any, batches: Sequence[Batch], *, compiled: bool) -> dict[st
     def stock() -> list[torch.Tensor]:
         return [row_losses(model(input_ids=ids, use_cache=False).logits, labels) for ids, labels in pairs]
 
-    def response_only(base: Any) -> Forward:
-        @torch.no_grad()  # compiled code is made once for both modes, and inference tensors may not mix with others
-        def run() -> list[torch.Tensor]:
-            return [_response_losses(base, model.get_output_embeddings(), ids, labels) for ids, labels in pairs]
+    @torch.no_grad()  # compiled code is made once for both modes, and inference tensors may not mix with others
+    def response_only() -> list[torch.Tensor]:
+        head = model.get_output_embeddings()
+        return [_response_losses(model.base_model, head, ids, labels) for ids, labels in pairs]
 
-        return run
+    layers = list(repeated_layers(model).values())
+    kinds = {kind: with_forward(kind, torch.compile(kind.forward, dynamic=True)) for kind in {type(x) for x in layers}}
 
-    out: dict[str, Forward] = {"stock": stock, "head on response tokens": response_only(model.base_model)}
-    if compiled:
-        fast = torch.compile(model.base_model, dynamic=True)
-        out["compiled, head on response tokens"] = response_only(fast)
-    return out
+    def by_compiled_layers() -> list[torch.Tensor]:
+        with reclassed({layer: kinds[type(layer)] for layer in layers}, {}):
+            return response_only()
+
+    out: dict[str, Forward] = {"stock": stock, "head on response tokens": response_only}
+    return out | ({"compiled, head on response tokens": by_compiled_layers} if compiled else {})
 
 
 def _response_losses(base: Any, head: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

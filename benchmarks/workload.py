@@ -16,13 +16,17 @@ import torch
 from gradshield_fast import Direction, Scorer
 from gradshield_fast.chat import ChatEncoder, Encoded
 from gradshield_fast.errors import InputError
-from gradshield_fast.loading import load_model
+from gradshield_fast.loading import load_model, load_tokenizer
+from gradshield_fast.lowrank import LowRank
 from gradshield_fast.packing import Batch, pack
 
 FILES = ("gsm8k_train_2k", "instruct_apache_1k", "banking77_1k", "mts_dialog_1k")
 """Maths, instructions, one-line classification and long dialogues: rows of very different lengths."""
 
 IGNORE = -100
+
+RANDOM = "llama-3-8b-random"
+"""Name of a model of Llama-3-8B's shape with random weights, which reads the demo model's tokens."""
 
 
 def add_options(parser: argparse.ArgumentParser, *, rows: int, batch_tokens: int | None = None) -> None:
@@ -152,8 +156,50 @@ def open_model(name: str, dtype: str, threads: int | None = None) -> tuple[Any, 
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    if name == RANDOM:
+        return _random_llama(dtype), load_tokenizer("smollm2-demo")
     model, tokenizer = load_model(name, dtype=dtype)
     return model.eval(), tokenizer
+
+
+def _random_llama(dtype: str) -> Any:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+
+
+def random_direction(model: torch.nn.Module, rank: int) -> Direction:
+    """Draw a direction of low rank from the start, for a model whose dense gradient has no meaning or no room.
+
+    Args:
+        model: the model.
+        rank: columns of the factors.
+
+    Returns:
+        Random factors for every matrix, and a random vector for every other weight.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return Direction(
+        {
+            name: LowRank(draw(w.shape[0], rank), draw(w.shape[1], rank)) if w.ndim == 2 else draw(*w.shape)
+            for name, w in model.named_parameters()
+        }
+    )
 
 
 def probe_direction(model: Any, tokenizer: Any, probes: int) -> Direction:

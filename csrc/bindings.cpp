@@ -183,7 +183,7 @@ void linear_cross_entropy(const Tensor& h, const Tensor& weight, const std::vect
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "The CPU kernels. Called by the rooms of gradshield_fast.ops, which check what comes in.";
-  m.def("isa", &isa_name, py::arg("limit") = 3, "The instruction set that runs, where none above `limit` may.");
+  m.def("isa", &isa_name, py::arg("limit") = 4, "The instruction set that runs, where none above `limit` may.");
   m.def("lowrank_project", &lowrank_project);
   m.def("lowrank_contract", &lowrank_contract);
   m.def("ghost_dot", &ghost_dot);
@@ -192,7 +192,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("ghost_project", &ghost_project);
   m.def("ghost_inner", &ghost_inner);
   m.def("ghost_gram", &ghost_gram);
-  m.def("attention_isa", &attention_isa, py::arg("limit") = 3, "As `isa`, for attention; empty where none will do.");
+  m.def("attention_isa", &attention_isa, py::arg("limit") = 4, "As `isa`, for attention; empty where none will do.");
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);
 

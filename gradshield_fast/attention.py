@@ -58,11 +58,12 @@ def why_not(model: torch.nn.Module) -> str | None:
 
 
 @contextmanager
-def replaced(model: torch.nn.Module) -> Iterator[None]:
-    """Run a model with our attention, and give its own back.
+def replaced(model: torch.nn.Module, name: str = NAME) -> Iterator[None]:
+    """Run a model with our attention, or another one that it knows by name, and give its own back.
 
     Args:
         model: a model for which `why_not` had nothing to say.
+        name: `NAME`, or a name of transformers' own, as "sdpa".
 
     Yields:
         Nothing.
@@ -77,11 +78,11 @@ def replaced(model: torch.nn.Module) -> Iterator[None]:
     try:
         for config in configs.values():
             # not set_attn_implementation, which asks a hub for names that it does not know
-            config._attn_implementation = NAME
+            config._attn_implementation = name
         yield
     finally:
-        for config, name in before:
-            config._attn_implementation = name
+        for config, own in before:
+            config._attn_implementation = own
 
 
 def _register() -> None:

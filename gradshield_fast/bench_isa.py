@@ -15,7 +15,7 @@ from gradshield_fast.errors import InputError
 from gradshield_fast.ops import dispatch, native
 from gradshield_fast.ops.linear_cross_entropy import kernel_native as head
 
-HEAD_LEVELS = {"portable": 0, "avx2": 0, "avx512": 2, "amx": 3}
+HEAD_LEVELS = {"portable": 0, "avx2": 0, "avx512": 1, "avx512_bf16": 2, "amx": 3}
 """The fused head's levels (its `UPTO`): it has no kernel below AVX-512, and takes BF16 instructions with it."""
 
 

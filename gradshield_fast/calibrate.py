@@ -80,7 +80,7 @@ class Calibration:
             ScoringError: a row's loss changes with its batch mates or with padding, or autograd fails on the model.
         """
         self.plan, self.token_scores = plan, token_scores
-        self.batch = trial_batch(batch)
+        self.first, self.batch = batch, trial_batch(batch)
         dtypes = {p.dtype for p in plan.model.parameters() if p.is_floating_point()}
         self.tolerance = max(TOLERANCE.get(dtype, 0.1) for dtype in dtypes)
         self.same = max(SAME_LOSS.get(dtype, 0.05) for dtype in dtypes)

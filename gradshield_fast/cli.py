@@ -284,23 +284,24 @@ def run_demo(
 @guarded()
 def examine_machine(
     prefer: Annotated[
-        list[str] | None, typer.Option("--prefer", help="OP=BACKEND: what auto takes on any device where it can run.")
+        list[str] | None,
+        typer.Option("--prefer", help="OP=BACKEND or attention=NAME: what is taken where it can run."),
     ] = None,
-    clear: Annotated[
-        bool, typer.Option("--clear-measurements", help="Forget which backends were fastest or preferred.")
-    ] = False,
+    clear: Annotated[bool, typer.Option("--clear-measurements", help="Forget what was fastest or preferred.")] = False,
 ) -> int:
     """Say what this machine can run, and why not the rest."""
-    from gradshield_fast.doctor import machine, measured_backends, op_backends, prefer_backends, software
+    from gradshield_fast.doctor import machine, measured_backends, op_backends, precisions, prefer_backends, software
     from gradshield_fast.tables import facts
 
     prefer_backends(prefer or (), clear=clear)
     console = Console()
-    console.print(facts(machine(), title="machine"))
+    console.print(facts([*machine(), *precisions()], title="machine"))
     console.print(facts(software(), title="software"))
     console.print(facts(op_backends(), title="ops"))
     if kept := measured_backends():
-        console.print(facts(kept, title="what auto takes by measurement or preference"))
+        print("what is taken by measurement or preference")
+        for key, said in kept:
+            print(f"  {key}: {said}")
     return DONE
 
 

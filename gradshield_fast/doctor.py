@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from gradshield_fast.errors import BackendUnavailable, GradShieldError, InputError
@@ -15,6 +16,8 @@ from gradshield_fast.model_source import DEMO_MODEL, resolve
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sve", "bf16")
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow", "scikit-learn", "peft", "gguf", "triton")
+
+_PRECISION = "precision"
 
 Facts = list[tuple[str, str]]
 
@@ -75,6 +78,32 @@ def software() -> Facts:
     return out
 
 
+def precisions() -> Facts:
+    """Say how fast the device multiplies in each precision; measured once, and kept as the ops' measurements are.
+
+    It is advice: a run takes the precision that it is asked for, whatever is faster.
+
+    Returns:
+        Names and values.
+    """
+    import torch
+
+    from gradshield_fast.ops import measured
+
+    cuda, n = torch.cuda.is_available(), 1024
+    x = torch.ones(n, n, device="cuda" if cuda else "cpu")
+    inputs = {"float32": x, "bfloat16": x.bfloat16(), **({"float16": x.half()} if cuda else {})}
+    device, clock = measured.processor(), measured.cpu_milliseconds
+    if cuda:
+        device, clock = torch.cuda.get_device_name(), measured.gpu_milliseconds
+    calls = {name: partial(torch.mm, y, y) for name, y in inputs.items()}
+    measured.fastest(_PRECISION, device, [x], calls, clock)
+    kept = (entry for key, entry in measured.measurements().items() if key.startswith(f"{_PRECISION} | {device} | "))
+    times = next(kept, {}).get("milliseconds", {})
+    rates = ", ".join(f"{name} {2e-6 * n**3 / ms:.0f}" for name, ms in times.items())
+    return [("matrix products", f"{rates} GFLOP/s; --dtype chooses")]
+
+
 def op_backends() -> Facts:
     """Say which backends each op has, and why not the others.
 
@@ -101,24 +130,29 @@ def op_backends() -> Facts:
 
 
 def prefer_backends(choices: Sequence[str], *, clear: bool = False) -> None:
-    """Keep what `auto` should take for an op, and forget what was kept before.
+    """Keep what `auto` should take for an op, or which attention a model should run with, and forget what was kept.
 
     Args:
-        choices: "op=backend" each.
+        choices: "op=backend" or "attention=name" each.
         clear: forget every measurement and preference first.
 
     Raises:
         InputError: a choice is not of that form, or the cache folder cannot be written.
         BackendUnavailable: the op has no such backend.
     """
-    from gradshield_fast import ops  # noqa: F401 - fills the table of ops
+    from gradshield_fast import attention_race
     from gradshield_fast.ops import dispatch, measured
 
     pairs = [choice.partition("=")[::2] for choice in choices]
     for op, backend in pairs:
-        if op not in dispatch.available():
-            raise InputError(f"--prefer takes OP=BACKEND, OP one of {', '.join(dispatch.available())}: got {op!r}")
-        dispatch.resolve(op, backend)
+        if op == attention_race.OP:
+            if backend not in attention_race.NAMES:
+                raise InputError(f"--prefer {op}=NAME takes {', '.join(attention_race.NAMES)}: got {backend!r}")
+        elif op in dispatch.available():
+            dispatch.resolve(op, backend)
+        else:
+            known = ", ".join([attention_race.OP, *dispatch.available()])
+            raise InputError(f"--prefer takes OP=BACKEND, OP one of {known}: got {op!r}")
     if clear:
         measured.clear()
     for op, backend in pairs:
@@ -126,7 +160,7 @@ def prefer_backends(choices: Sequence[str], *, clear: bool = False) -> None:
 
 
 def measured_backends() -> Facts:
-    """Say what `auto` takes by measurement or by preference.
+    """Say what `auto` takes by measurement or by preference, and which attention.
 
     Returns:
         Op, device and shapes -> the backend and the milliseconds of each; empty where nothing is kept.
@@ -134,7 +168,8 @@ def measured_backends() -> Facts:
     from gradshield_fast.ops import measured
 
     out: Facts = []
-    for key, entry in sorted(measured.measurements().items()):
+    kept = {key: entry for key, entry in measured.measurements().items() if not key.startswith(f"{_PRECISION} | ")}
+    for key, entry in sorted(kept.items()):
         times = ", ".join(f"{name} {ms:.3f} ms" for name, ms in entry.get("milliseconds", {}).items())
         out.append((key, f"{entry['backend']} ({times or 'preferred'})"))
     return out
@@ -171,8 +206,8 @@ def _native() -> str:
         first = "" if here else "install g++ or clang++, then "
         again = "pip install --force-reinstall --no-deps ., or make native, in the source folder"
         return f"missing: {native.missing}; {first}{again}"
-    unused = {"portable": "AVX2", "avx2": "AVX-512", "avx512": "AMX"}.get(best)
-    return f"built, {best} runs" + (f" (no {unused} on this machine)" if unused else "")
+    unused = {"portable": "AVX2", "avx2": "AVX-512", "avx512": "BF16", "avx512_bf16": "AMX"}.get(best)
+    return f"built, {best} runs" + (f" (neither {unused} nor above on this machine)" if unused else "")
 
 
 def _native_cuda() -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from gradshield_fast import attention
+from gradshield_fast import attention, attention_race
 from gradshield_fast.calibrate import Calibration
 from gradshield_fast.head_loss import find_head
 from gradshield_fast.losses import Call
@@ -31,10 +31,8 @@ def faster_call(model: torch.nn.Module, plan: Plan, calibration: Calibration) ->
         return calibration.call, {"head": f"own logits: {why}", "attention": f"own: {why}", "packing": f"padded: {why}"}
     call, reason = _with_head(model, plan, calibration)
     ways["head"] = "fused" if reason is None else f"own logits: {reason}"
-    call, reason = _with_attention(model, calibration, call)
-    ways["attention"] = "by rows" if reason is None else f"own: {reason}"
-    reason = "the attention is the model's own" if reason is not None else None
-    reason = reason or plan.needs_rows
+    call, ways["attention"] = _with_attention(model, calibration, call)
+    reason = plan.needs_rows if call.attention == attention.NAME else "only our attention keeps packed rows apart"
     if reason is None:
         reason = calibration.why_not(replace(call, packed=True))
     ways["packing"] = "packed" if reason is None else f"padded: {reason}"
@@ -53,10 +51,19 @@ def _with_head(model: torch.nn.Module, plan: Plan, calibration: Calibration) -> 
     return calibration.call, reason
 
 
-def _with_attention(model: torch.nn.Module, calibration: Calibration, call: Call) -> tuple[Call, str | None]:
-    reason = attention.why_not(model)
-    if reason is None:
-        faster = replace(call, attention=True)
-        reason = calibration.why_not(faster)
-        call = faster if reason is None else call
-    return call, reason
+def _with_attention(model: torch.nn.Module, calibration: Calibration, call: Call) -> tuple[Call, str]:
+    """Take the attention that was measured fastest here, or ours where that one does not agree, or the model's own."""
+    if (reason := attention.why_not(model)) is not None:
+        return call, f"own: {reason}"
+    best = attention_race.fastest(model, calibration.first)
+    for name in dict.fromkeys([best, attention.NAME]):
+        faster = replace(call, attention=name)
+        try:
+            reason = calibration.why_not(faster)
+        except Exception as error:
+            if name == attention.NAME:
+                raise
+            reason = str(error)  # of one that models refuse in their own ways, as sdpa with a softcap
+        if reason is None:
+            return faster, "by rows" if name == attention.NAME else f"{name}: measured faster here, or preferred"
+    return call, f"own: {reason}"

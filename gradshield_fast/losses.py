@@ -42,7 +42,8 @@ class Call:
             that does need it is found at calibration.
         reduction: "mean" over a row's labelled tokens, or "sum".
         head: the head that the fused loss stands for; None: the model's own logits.
-        attention: our attention (attention.py) instead of the model's own.
+        attention: name of the attention that stands in for the model's own: ours (attention.py), "sdpa" or "eager";
+            None: its own.
         packed: rows in one line without padding, kept apart by our attention.
     """
 
@@ -50,13 +51,13 @@ class Call:
     mask: bool
     reduction: str
     head: Head | None = None
-    attention: bool = False
+    attention: str | None = None
     packed: bool = False
 
     @property
     def plain(self) -> Call:
         """The same call by the model's own means: its head, its attention, padded rows."""
-        return replace(self, head=None, attention=False, packed=False)
+        return replace(self, head=None, attention=None, packed=False)
 
 
 def row_losses(model: torch.nn.Module, batch: PaddedBatch, call: Call, terms: HeadTerms | None = None) -> torch.Tensor:

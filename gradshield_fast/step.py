@@ -62,7 +62,7 @@ def run_step(
     hooks.tally = tally
     try:
         with (
-            attention.replaced(plan.model) if call.attention else nullcontext(),
+            attention.replaced(plan.model, call.attention) if call.attention else nullcontext(),
             compiled.batch(batch, tally, packed=call.packed) if compiled is not None else nullcontext(),
             torch.enable_grad(),
         ):

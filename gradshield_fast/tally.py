@@ -216,8 +216,16 @@ class Tally:
         """
         if self.norm_sq is None:
             return
-        summed = self._sum_rows(v, layout)
+        summed = self._sum_vectors(v, layout)
         self._vector_uses[weight] = self._vector_uses[weight] + summed if weight in self._vector_uses else summed
+
+    def _sum_vectors(self, v: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """As `_sum_rows`, for many columns: on a CPU a sum of each row in its own type is much faster."""
+        if self._line is None or layout.kind != "packed" or v.device.type != "cpu":
+            return self._sum_rows(v, layout)
+        flat = by_token(v, layout).flatten(0, 1)
+        lengths = (self._line.cu_seqlens.diff() * (len(flat) // len(self._line.place))).tolist()
+        return torch.stack([part.sum(0) for part in flat.split(lengths)]).double()
 
     def add_norm_sq(self, weight: str, norm_sq: torch.Tensor) -> None:
         """Take in the whole squared norm of a weight that is used once.

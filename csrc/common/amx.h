@@ -4,7 +4,7 @@
 //          panel; B: 2 bytes an element and part for every 32 rows, from L2; out: one read and one write for every 768
 //          (bfloat16 in place; 256 for more than 3 panels), 512 (bfloat16 copied) or 192 (float32) of k
 //
-// What can be flushed to zero is a product below 2^-126 of scaled factors (amx_left.h, amx_right.h): at most
+// What can be flushed to zero is a product below 2^-126 of scaled factors (amx_left.h, split.h): at most
 // depth 2^-166 max |B[:, c]| in a result, far below one rounding for any x that is not subnormal.
 //
 // Rows take the float32 product instead where one beside them holds a subnormal number, or where a result is not

@@ -8,9 +8,12 @@
 // for rows that hold one. An infinity, a NaN or a number too large needs no such look, since it shows in the results.
 #pragma once
 
-#include "common/amx_right.h"
+#include "common/amx_tiles.h"
+#include "common/split.h"
 
 namespace gsf::amx {
+
+constexpr int64_t kPair = 2 * kTile;  // rows that are multiplied together: two tiles
 
 // The lines that come next, fetched while the tiles work.
 struct Ahead {
@@ -22,19 +25,6 @@ struct Ahead {
     for (int64_t at = step * step_bytes; at < least((step + 1) * step_bytes, bytes); at += 64)
       for (int64_t r = 0; r < rows; ++r) _mm_prefetch(from + r * row_bytes + at, _MM_HINT_T0);
   }
-};
-
-// Remembers whether a subnormal number passed by: only then is the smallest magnitude less one, without a sign, so
-// small (a zero becomes the largest number).
-class Subnormals16 {
- public:
-  void see(__m512i bits) {
-    smallest_ = _mm512_min_epu16(smallest_, _mm512_sub_epi16(_mm512_add_epi16(bits, bits), _mm512_set1_epi16(1)));
-  }
-  bool any() const { return _mm512_cmplt_epu16_mask(smallest_, _mm512_set1_epi16(0xff)) != 0; }
-
- private:
-  __m512i smallest_ = _mm512_set1_epi16(-1);
 };
 
 struct Narrow {

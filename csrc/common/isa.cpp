@@ -8,6 +8,9 @@ const Kernels& kernels(Isa isa) {
 #if defined(GSF_AMX)
   if (limit >= Isa::kAmx) return kAmx;
 #endif
+#if defined(GSF_AVX512_BF16)
+  if (limit >= Isa::kAvx512Bf16) return kAvx512Bf16;
+#endif
 #if defined(GSF_AVX512)
   if (limit >= Isa::kAvx512) return kAvx512;
 #endif

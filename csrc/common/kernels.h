@@ -11,7 +11,8 @@ constexpr int64_t kPanel = 16;  // columns of the right factor that are multipli
 
 // The right factor B [depth, cols] of a product, in panels of 16 columns: panel j is [depth][16], zero-padded.
 // `panels` may be null: then the kernel packs the part of B that it is at, from `source`.
-// `split` is the matrix unit's form: each column times 2^scale, as one or three bfloat16 panels that sum to it exactly.
+// `split` is for products of bfloat16 pairs: each column times 2^scale, as one or three bfloat16 panels that sum to it
+// exactly.
 struct Packed {
   Matrix source;          // [depth, cols]
   const float* panels;    // [ceil(cols / 16)][depth][16]
@@ -30,6 +31,7 @@ struct Members {
 struct Kernels {
   const char* name;
   int64_t row_block;  // rows of a register block of the float32 product: a multiple of it leaves none idle
+  int parts;  // bfloat16 parts of a number that its products take: 3 whatever the dtypes, 1 for bfloat16 alone, 0 none
 
   // out[t - first, c] = sum_k x[t, k] B[k, c] for t in [first, last) and the columns c of panels [panel, panel_end);
   // `out` has rows of ld floats, is fully written (padding columns with zeros) and is zeroed for depth 0.
@@ -39,8 +41,8 @@ struct Kernels {
   // Panels [panel, panel_end) of B as float32 into `panels`, laid out as in Packed.
   void (*pack)(const Matrix& b, int64_t panel, int64_t panel_end, float* panels);
 
-  // The matrix unit's form of panels [panel, panel_end); false where it would not be exact (a NaN, an infinity, a
-  // column whose magnitudes are too far apart). Null where there is no such unit.
+  // Panels [panel, panel_end) as bfloat16 parts; false where that would not be exact (a NaN, an infinity, a column
+  // whose magnitudes are too far apart). Null where `parts` is 0.
   bool (*split)(const Matrix& b, int64_t panel, int64_t panel_end, int splits, uint16_t* split, float* unscale);
 
   // u[t - first, k] = sum_j member.of[k, j] z[t, j] w[t - first, j], over the panels of direction k
@@ -67,6 +69,7 @@ constexpr int64_t kScratchFloats = 16384;  // what `scratch` must hold
 extern const Kernels kPortable;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Bf16;
 extern const Kernels kAmx;
 
 }  // namespace gsf

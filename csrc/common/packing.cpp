@@ -9,15 +9,15 @@ namespace gsf {
 bool wants_split(const Kernels& run, const Matrix& x, int64_t cols) {
   constexpr int64_t kWorthSplitting = 48;  // rows; below, cutting B into parts costs more than its float32 product
   constexpr int64_t kWorthCutting = 128;   // columns; below, cutting x into parts costs more than its float32 product
-  if (run.split == nullptr || x.col_stride != 1 || x.rows < kWorthSplitting) return false;
-  return x.dtype == DType::kBFloat16 || cols >= kWorthCutting;
+  if (run.parts == 0 || x.col_stride != 1 || x.rows < kWorthSplitting) return false;
+  return x.dtype == DType::kBFloat16 || (run.parts == 3 && cols >= kWorthCutting);
 }
 
 Packed pack(const Kernels& run, const Matrix& b, bool try_split, int threads, Buffer& store) {
   const int64_t panels = ceil_div(b.cols, kPanel);
   Packed out{b, nullptr, nullptr, nullptr, b.dtype == DType::kBFloat16 ? 1 : 3};
   threads = useful_threads(threads, b.rows * b.cols * 8);
-  if (try_split) {
+  if (try_split && out.splits <= run.parts) {
     const int64_t halves = panels * out.splits * ceil_div(b.rows, 32) * 512;
     uint16_t* split = store.get<uint16_t>(halves + 2 * panels * kPanel);
     float* unscale = reinterpret_cast<float*>(split + halves);

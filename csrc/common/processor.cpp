@@ -43,21 +43,17 @@ Isa detect() {
   const uint64_t state = enabled_state();
   const bool avx2 = bit(b, 5), avx512 = bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);
   const bool amx = bit(d, 24) && bit(d, 22);
+  uint32_t more = 0;
+  const bool bf16 = __get_cpuid_count(7, 1, &more, &b, &c, &d) && bit(more, 5);
   if (!(avx2 && fma && f16c && (state & 0x6) == 0x6)) return Isa::kPortable;
   if (!(avx512 && (state & 0xe6) == 0xe6)) return Isa::kAvx2;
-  if (!(amx && (state & 0x60000) == 0x60000 && may_use_tiles())) return Isa::kAvx512;
+  if (!bf16) return Isa::kAvx512;
+  if (!(amx && (state & 0x60000) == 0x60000 && may_use_tiles())) return Isa::kAvx512Bf16;
   return Isa::kAmx;
-}
-bool detect_bf16() {
-  uint32_t a, b, c, d;
-  return best_isa() >= Isa::kAvx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 5);
 }
 #else
 Isa detect() {
   return Isa::kPortable;
-}
-bool detect_bf16() {
-  return false;
 }
 #endif
 
@@ -66,11 +62,6 @@ bool detect_bf16() {
 Isa best_isa() {
   static const Isa best = detect();
   return best;
-}
-
-bool has_bf16() {
-  static const bool has = detect_bf16();
-  return has;
 }
 
 }  // namespace gsf

@@ -4,12 +4,9 @@
 namespace gsf {
 
 // Instruction sets from the most portable to the most capable.
-enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
 // The most capable one.
 Isa best_isa();
-
-// Whether AVX-512 multiplies pairs of bfloat16 numbers, which processors with and without AMX may do.
-bool has_bf16();
 
 }  // namespace gsf

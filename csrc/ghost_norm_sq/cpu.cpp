@@ -1,5 +1,5 @@
 // Maths    out[n] = sum_{t, u in n} (left1[t] . left2[u]) (right1[t] . right2[u])
-// Traffic  an example's factors: packed once, then read once for every 64 tokens; the products of 64 tokens with 256
+// Traffic  an example's factors: packed once, then read once for every 48 tokens; the products of 48 tokens with 256
 //          stay in L2, so that no [tokens, tokens] matrix is ever written
 #define GSF_ISA portable
 #include "ghost_norm_sq/cpu.h"
@@ -14,7 +14,7 @@
 namespace gsf {
 namespace {
 
-constexpr int64_t kRows = 64;           // tokens t of one task
+constexpr int64_t kRows = 48;           // tokens t of one task
 constexpr int64_t kCols = 16 * kPanel;  // tokens u that are multiplied at once
 
 // One side of the product within an example of `tokens` tokens that begins at `start`.

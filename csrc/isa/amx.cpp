@@ -8,8 +8,8 @@
 namespace gsf {
 
 const Kernels kAmx = {
-    "amx",         amx::kRows, amx::product_or_tiles, amx::pack,  amx::split, amx::combine,
-    amx::row_dots, amx::dot,   amx::scale_dots,       amx::outer,
+    "amx",        amx::kRows,    3,        amx::product_or_tiles, amx::pack,  amx::split,
+    amx::combine, amx::row_dots, amx::dot, amx::scale_dots,       amx::outer,
 };
 
 }  // namespace gsf

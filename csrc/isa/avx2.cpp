@@ -6,8 +6,8 @@
 namespace gsf {
 
 const Kernels kAvx2 = {
-    "avx2",        avx2::kRows,    avx2::product, avx2::pack,       nullptr,
-    avx2::combine, avx2::row_dots, avx2::dot,     avx2::scale_dots, avx2::outer,
+    "avx2",        avx2::kRows,    0,         avx2::product,    avx2::pack,  nullptr,
+    avx2::combine, avx2::row_dots, avx2::dot, avx2::scale_dots, avx2::outer,
 };
 
 }  // namespace gsf

@@ -6,8 +6,8 @@
 namespace gsf {
 
 const Kernels kAvx512 = {
-    "avx512",        avx512::kRows,    avx512::product, avx512::pack,       nullptr,
-    avx512::combine, avx512::row_dots, avx512::dot,     avx512::scale_dots, avx512::outer,
+    "avx512",        avx512::kRows,    0,           avx512::product,    avx512::pack,  nullptr,
+    avx512::combine, avx512::row_dots, avx512::dot, avx512::scale_dots, avx512::outer,
 };
 
 }  // namespace gsf

@@ -6,8 +6,10 @@
 namespace gsf {
 
 const Kernels kPortable = {
-    "portable",        portable::kRows,    portable::product, portable::pack,       nullptr,
-    portable::combine, portable::row_dots, portable::dot,     portable::scale_dots, portable::outer,
+    "portable",           portable::kRows,    0,
+    portable::product,    portable::pack,     nullptr,
+    portable::combine,    portable::row_dots, portable::dot,
+    portable::scale_dots, portable::outer,
 };
 
 }  // namespace gsf

@@ -78,7 +78,7 @@ Plan make_plan(const Problem& problem) {
 Level level() {
   const Isa isa = best_isa();
   if (isa < Isa::kAvx512) return Level::kNone;
-  return !has_bf16() ? Level::kAvx512 : isa < Isa::kAmx ? Level::kBf16 : Level::kAmx;
+  return isa < Isa::kAvx512Bf16 ? Level::kAvx512 : isa < Isa::kAmx ? Level::kBf16 : Level::kAmx;
 }
 
 void run(const Problem& problem, Level upto) {

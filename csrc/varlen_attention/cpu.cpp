@@ -16,11 +16,10 @@ using attention::Problem;
 const attention::Kernels* kernels_of(Isa isa) {
   const Isa limit = isa < best_isa() ? isa : best_isa();
 #if defined(GSF_AMX_ATTENTION)
-  if (limit >= Isa::kAmx && has_bf16()) return &attention::kAmx;
+  if (limit >= Isa::kAmx) return &attention::kAmx;
 #endif
 #if defined(GSF_AVX512_BF16_ATTENTION)
-  // above plain AVX-512, which a limit can still force
-  if (isa > Isa::kAvx512 && limit >= Isa::kAvx512 && has_bf16()) return &attention::kAvx512Bf16;
+  if (limit >= Isa::kAvx512Bf16) return &attention::kAvx512Bf16;
 #endif
 #if defined(GSF_AVX512_ATTENTION)
   if (limit >= Isa::kAvx512) return &attention::kAvx512;

@@ -22,10 +22,10 @@ except ImportError as error:
 else:
     missing = ""
 
-BEST = 3
+BEST = 4
 """No limit on the instruction set."""
 
-ISAS = ("portable", "avx2", "avx512", "amx")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 """Instruction sets by their number; `limit=0` runs the portable kernels on any processor."""
 
 CONTESTED = 1 << 22

@@ -187,7 +187,7 @@ def test_score_needs_a_direction(cli: Cli, tiny_model: Path, tmp_path: Path) -> 
 def test_doctor_says_what_runs_and_what_does_not(cli: Cli) -> None:
     result = cli("doctor")
     assert result.code == 0
-    for name in ("torch", "triton", "nvcc", "C++ compiler", "GPU", "ghost_dot", "reference", "native CUDA kernels"):
+    for name in ("torch", "triton", "nvcc", "C++ compiler", "GPU", "ghost_dot", "reference", "native CUDA kernels", "bfloat16"):
         assert name in result.out
 
 
@@ -203,7 +203,9 @@ def test_doctor_keeps_and_forgets_preferences(cli: Cli, tmp_path: Path, monkeypa
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert "preferred" not in cli("doctor", "--clear-measurements").out
-    for choice, said in (("ghost_dot", "backend must be one of"), ("ghost=triton", "OP one of embedding_dot")):
+    assert "sdpa (preferred)" in cli("doctor", "--prefer", "attention=sdpa").out
+    wrong = {"ghost_dot": "backend must be one of", "ghost=triton": "OP one of attention", "attention=x": "sdpa, eager"}
+    for choice, said in wrong.items():
         result = cli("doctor", "--prefer", choice)
         assert result.code == 2
         assert said in result.err

@@ -46,7 +46,7 @@ def test_the_fastest_way_is_taken_where_the_model_allows_it(name: str) -> None:
     assert ways["head"] == "fused"
     if name in OWN_ATTENTION:
         assert ways["attention"].startswith("own: its attention cannot be replaced")
-        assert ways["packing"] == "padded: the attention is the model's own"
+        assert ways["packing"] == "padded: only our attention keeps packed rows apart"
     else:
         assert (ways["attention"], ways["packing"]) == ("by rows", "packed")
 

@@ -124,7 +124,7 @@ def _long(tokens: int, left1: torch.Tensor, right1: torch.Tensor, left2: torch.T
     if any(x.ndim == 1 for x in (left1, right1, left2, right2)):
         return False
     rows, cols = left1.shape[1], right1.shape[1]
-    narrow = native.at_least("amx") and left1.dtype == right1.dtype == torch.bfloat16
+    narrow = native.at_least("avx512_bf16") and left1.dtype == right1.dtype == torch.bfloat16
     gain = BFLOAT16_GAIN if narrow else FLOAT32_GAIN
     if left1 is not left2 or right1 is not right2:
         gain /= 2
