@@ -45,7 +45,8 @@ gsf::Factor factor(const Tensor& t) {
 }
 
 gsf::Isa isa_of(int limit) {
-  return static_cast<gsf::Isa>(limit < 0 || limit > 3 ? 3 : limit);
+  constexpr int top = static_cast<int>(gsf::Isa::kAmx);
+  return static_cast<gsf::Isa>(limit < 0 || limit > top ? top : limit);
 }
 
 std::string isa_name(int limit) {
