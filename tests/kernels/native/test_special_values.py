@@ -54,17 +54,16 @@ def test_directions_of_any_magnitude(size: float, columns: int, dtype: torch.dty
 @pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("pieces", [False, True], ids=["columns", "pieces"])
 @pytest.mark.parametrize("width", [70, 192, 300])
-@pytest.mark.parametrize("size", [1e-39, 1e-37, 1e-30, 1e-10, 1e10, 1e30, 3e38])
+@pytest.mark.parametrize("size", [1e-39, 1e-37, 1e-30, 1e-10, 1e10, 1e30, 1e36])
 def test_sixteen_bit_factors_of_any_magnitude(size: float, width: int, pieces: bool, isa: int) -> None:
     torch.manual_seed(0)
     a, q = torch.randn(TOKENS, width).sign() * torch.rand(TOKENS, width).add(0.2), torch.randn(width, 37).clamp(-1, 1)
-    a[37] *= min(size, 1e30)
-    a[3, 5] *= min(size, 1e30)
+    a[37] *= min(size, 1.0)  # large on both sides would be no float32 number
+    a[3, 5] *= min(size, 1.0)
     q[:, 3] *= size  # a whole column
     q[7, 5] *= size  # one number among others
     q[:, 6] = 0
     a, q = a.bfloat16(), q.bfloat16()
-    a[37] *= 1 if size < 1 else 0  # else its product with the column is no float32 number
     project(a, q.T.contiguous().T if pieces else q, isa)
 
 
