@@ -47,7 +47,7 @@ def sources() -> list[str]:
     ops = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*/cpu.cpp")}
     head = {path.relative_to(ROOT).as_posix() for path in ROOT.glob(f"{HEAD}*.cpp")}
     ops = sorted(ops | head if X86 else ops - head)
-    common = ["csrc/common/isa.cpp", "csrc/common/packing.cpp", "csrc/common/pool.cpp"]
+    common = ["csrc/common/isa.cpp", "csrc/common/packing.cpp", "csrc/common/pool.cpp", "csrc/common/processor.cpp"]
     return [*ops, *common, "csrc/isa/portable.cpp", *(ISA_FLAGS if X86 else ())]
 
 

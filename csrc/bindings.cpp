@@ -45,7 +45,8 @@ gsf::Factor factor(const Tensor& t) {
 }
 
 gsf::Isa isa_of(int limit) {
-  return static_cast<gsf::Isa>(limit < 0 || limit > 3 ? 3 : limit);
+  constexpr int top = static_cast<int>(gsf::Isa::kAmx);
+  return static_cast<gsf::Isa>(limit < 0 || limit > top ? top : limit);
 }
 
 std::string isa_name(int limit) {
@@ -148,24 +149,19 @@ bool attention_backward(const std::array<Heads, 3>& qkv, const Sizes& sizes, flo
 }
 
 #if defined(GSF_HEAD)
-namespace head = gradshield::head;
-
-head::Matrix head_matrix(const Tensor& t) {
-  const gsf::Matrix x = matrix(t);
-  return {x.data, x.dtype, x.rows, x.cols, x.row_stride, x.col_stride};
-}
+namespace head = gsf::head;
 
 void linear_cross_entropy(const Tensor& h, const Tensor& weight, const std::vector<Tensor>& p,
                           const std::vector<Tensor>& r, int64_t index, int64_t labels, int64_t token_weight,
                           int64_t tokens, float scale, float softcap, int64_t loss, int64_t dh, int64_t pulled,
                           int64_t dot, bool exact, int threads, int upto) {
   const py::gil_scoped_release released;
-  std::vector<head::Matrix> directions;
-  for (const Tensor& x : r) directions.push_back(head_matrix(x));
+  std::vector<gsf::Matrix> directions;
+  for (const Tensor& x : r) directions.push_back(matrix(x));
   head::Problem problem;
-  problem.h = head_matrix(h);
-  problem.weight = head_matrix(weight);
-  if (!p.empty()) problem.p = head_matrix(p[0]);
+  problem.h = matrix(h);
+  problem.weight = matrix(weight);
+  if (!p.empty()) problem.p = matrix(p[0]);
   problem.r = directions.data();
   problem.directions = static_cast<int64_t>(directions.size());
   problem.index = pointer<const int64_t>(index);

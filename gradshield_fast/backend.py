@@ -99,7 +99,7 @@ class GradShieldFastBackend:
             "protocol": PROTOCOL,
             "backend": OWN_NAME,
             "version": __version__,
-            "safety_scores": ["refusal_logprob", "refusal_margin"],
+            "safety_scores": ["refusal_logprob", "refusal_margin", "compliance_logprob"],
             "inputs": ["messages", "prompt_response", "input_ids"],
             "loss_reductions": ["mean", "sum"],
             "grad_norm": True,
@@ -123,7 +123,7 @@ class GradShieldFastBackend:
 
         Args:
             probes: as there, or a `SafetyProbes`.
-            score: "refusal_logprob" or "refusal_margin".
+            score: "refusal_margin", "refusal_logprob" or "compliance_logprob".
             allow_unaligned: go on although the score would mislead on this model.
             weights: regular expression that selects weights; None: those that training would change.
             rank: compress every matrix to this rank, the fast path; the relative error is in the answer as "residual".

@@ -90,11 +90,12 @@ def filter_corpus(
     compile: o.Compile = False,
     checkpoint: o.Checkpoint = False,
     dedupe: o.Dedupe = True,
-    rule: o.Rule = "paper",
+    rule: o.Rule = None,
     alpha: o.Alpha = None,
     threshold: o.Threshold = None,
     seed: o.Seed = 0,
     direction_index: o.DirectionIndex = 0,
+    combine: o.Combine = None,
     engine: o.Engine = "local",
     workers: o.Workers = None,
     threads: o.Threads = None,
@@ -133,7 +134,7 @@ def filter_corpus(
             checkpoint,
             dedupe,
         ),
-        cut=CutOptions(alpha, threshold, seed, direction_index, rule),
+        cut=CutOptions(alpha, threshold, seed, direction_index, rule, combine),
         engine=EngineOptions(engine, workers, o.parse_shard(shard), actors, threads),
     )
     return _dry(options) if dry_run else _run(options, log_json=log_json)
@@ -228,7 +229,7 @@ def build_direction(
     )
     from gradshield_fast.loading import load_model
     from gradshield_fast.pipeline.directing import make_direction
-    from gradshield_fast.tables import facts, residual_line, safety_line
+    from gradshield_fast.tables import facts, residual_line, safety_rows
 
     with watching() as reporter:
         reporter.stage("loading the model")
@@ -249,7 +250,7 @@ def build_direction(
                 ("direction", made),
                 ("residual", residual_line(made.residual, made.meta)),
                 ("norm", ", ".join(f"{norm:.4g}" for norm in made.norm)),
-                ("safety score", safety_line(made.meta["safety"])),
+                *safety_rows(made.meta),
             ]
         )
     )

@@ -22,32 +22,34 @@ folder_commands = typer.Typer()
 @guarded(resumable=True)
 def draw_threshold(
     run: o.Run,
-    rule: o.Rule = "paper",
+    rule: o.Rule = None,
     alpha: o.Alpha = None,
     threshold: o.Threshold = None,
     seed: o.Seed = 0,
     direction_index: o.DirectionIndex = 0,
+    combine: o.Combine = None,
     corpus: o.MovedCorpus = None,
     log_json: o.LogJson = False,
 ) -> int:
     """Fit or set the threshold of a scored run, and write its three files anew."""
-    return _recut(run, CutOptions(alpha, threshold, seed, direction_index, rule), corpus, log_json)
+    return _recut(run, CutOptions(alpha, threshold, seed, direction_index, rule, combine), corpus, log_json)
 
 
 @folder_commands.command("merge")
 @guarded(resumable=True)
 def merge_shards(
     run: o.Run,
-    rule: o.Rule = "paper",
+    rule: o.Rule = None,
     alpha: o.Alpha = None,
     threshold: o.Threshold = None,
     seed: o.Seed = 0,
     direction_index: o.DirectionIndex = 0,
+    combine: o.Combine = None,
     corpus: o.MovedCorpus = None,
     log_json: o.LogJson = False,
 ) -> int:
     """Check that the shards scored every row once, then choose the threshold and write the three files."""
-    return _recut(run, CutOptions(alpha, threshold, seed, direction_index, rule), corpus, log_json)
+    return _recut(run, CutOptions(alpha, threshold, seed, direction_index, rule, combine), corpus, log_json)
 
 
 @folder_commands.command("status")

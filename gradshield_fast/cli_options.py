@@ -53,7 +53,10 @@ DirectionFiles = Annotated[
 SafetyScore = Annotated[
     str,
     _option(
-        "--score", help="refusal_margin; or refusal_logprob, the paper's, for a model that refuses.", panel=_DIRECTION
+        "--score",
+        help="refusal_margin; refusal_logprob, the paper's, for a model that refuses; compliance_logprob; "
+        "identity_margin. Several with commas between are stacked.",
+        panel=_DIRECTION,
     ),
 ]
 Weights = Annotated[
@@ -131,10 +134,11 @@ Alpha = Annotated[
     _option("--alpha", help="Nats that two Gaussians must gain over one; default 1.5 ln(n).", panel=_CUT),
 ]
 Rule = Annotated[
-    str,
+    str | None,
     _option(
         "--rule",
-        help="paper: two Gaussians or mean + 2 deviations; separated: two Gaussians if apart, or what sticks out.",
+        help="separated, the default: two Gaussians if apart, or what sticks out; paper: two Gaussians or mean + 2 "
+        "deviations; outliers, the default with --combine: what sticks out of the standard bulk.",
         panel=_CUT,
     ),
 ]
@@ -144,6 +148,14 @@ Threshold = Annotated[
 Seed = Annotated[int, _option("--seed", help="Seed of the fit.", panel=_CUT)]
 DirectionIndex = Annotated[
     int, _option("--direction-index", help="Which of several directions decides, from 0.", panel=_CUT)
+]
+Combine = Annotated[
+    str | None,
+    _option(
+        "--combine",
+        help="distance: all directions decide together, by how unlike the bulk of the corpus a row is in them.",
+        panel=_CUT,
+    ),
 ]
 
 Engine = Annotated[str, _option("--engine", help="local, or ray: the machines of a Ray cluster.", panel=_ENGINE)]

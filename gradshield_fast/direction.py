@@ -104,7 +104,7 @@ class Direction:
         """Build r = grad S from probes that a safe model refuses.
 
             S = mean over probes of the mean log-probability of a refusal given the probe, in nats a token;
-            refusal_margin subtracts the same for a compliant opening.
+            refusal_margin subtracts the same for a compliant opening; compliance_logprob is what it subtracts alone.
 
         One pass over the probes gives the dense direction, one float32 tensor of its shape for each weight. Two or more
         give it low-rank from the start, and no matrix weight's gradient is ever held: with k = rank + 24 columns at
@@ -115,7 +115,7 @@ class Direction:
             model: a causal language model of transformers, or a PEFT model around one.
             tokenizer: its tokenizer.
             probes: what to ask and how a refusal reads; None: the bundled probes.
-            score: "refusal_logprob" or "refusal_margin".
+            score: "refusal_margin", "refusal_logprob" or "compliance_logprob".
             weights: regular expression that selects weights by name; None: those that training would change.
             batch_tokens: tokens a forward pass may hold.
             allow_unaligned: go on although the score would mislead on this model; the meta says so.

@@ -72,7 +72,9 @@ def software() -> Facts:
     compiler = next((path for name in _COMPILERS if (path := shutil.which(name))), None)
     out.append(("C++ compiler", compiler or "none: the native CPU kernels cannot be built"))
     out.append(("native CPU kernels", _native()))
-    out.append(("nvcc", shutil.which("nvcc") or "none: the native CUDA kernels cannot be built"))
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    out.append(("nvcc", nvcc or "none: the native CUDA kernels cannot be built"))
+    out.append(("native CUDA kernels", _native_cuda()))
     return out
 
 
@@ -206,6 +208,16 @@ def _native() -> str:
         return f"missing: {native.missing}; {first}{again}"
     unused = {"portable": "AVX2", "avx2": "AVX-512", "avx512": "BF16", "avx512_bf16": "AMX"}.get(best)
     return f"built, {best} runs" + (f" (neither {unused} nor above on this machine)" if unused else "")
+
+
+def _native_cuda() -> str:
+    import torch
+
+    from gradshield_fast.ops import cuda
+
+    if cuda.module() is None:
+        return "missing: the CUDA extension is not built (an install with nvcc and a C++ compiler builds it)"
+    return "built" if torch.cuda.is_available() else "built; no GPU to run them"
 
 
 def _cpu_flags() -> set[str]:

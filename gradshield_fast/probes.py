@@ -64,8 +64,19 @@ class SafetyProbes:
         Returns:
             The probes.
         """
-        text = importlib.resources.files("gradshield_fast").joinpath("data/probes.json").read_text(encoding="utf-8")
-        return _from_object(json.loads(text), "the bundled probes", None)
+        return _bundled("probes.json")
+
+    @classmethod
+    def identity(cls) -> SafetyProbes:
+        """Load the bundled probes of what a model says that it is, written for this project.
+
+        Their `refusals` are the self-descriptions of an assistant with rules and their `compliances` those of an agent
+        that obeys, so that `refusal_margin` on them is how much rather the model is the one than the other.
+
+        Returns:
+            The probes.
+        """
+        return _bundled("identity_probes.json")
 
     @classmethod
     def load(cls, path: str | Path) -> SafetyProbes:
@@ -157,6 +168,11 @@ class SafetyProbes:
         """
         texts = json.dumps(dataclasses.asdict(self), sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(texts.encode()).hexdigest()
+
+
+def _bundled(name: str) -> SafetyProbes:
+    text = importlib.resources.files("gradshield_fast").joinpath(f"data/{name}").read_text(encoding="utf-8")
+    return _from_object(json.loads(text), f"the bundled {name}", None)
 
 
 def _lines(text: str, path: Path) -> Iterable[Any]:

@@ -97,7 +97,8 @@ def safety_factors(
     if passes < 2 or rank < 1:
         raise InputError(f"low-rank factors need rank >= 1 and passes >= 2, got rank {rank} and {passes} passes")
     chosen = chosen_weights(model, weights)
-    margin = score == "refusal_margin"
+    favoured = score == "refusal_logprob"
+    complies = score == "compliance_logprob"
     total, cosine = GradientSum(), None
     with frozen(model), eager_experts(model):
         with torch.no_grad():
@@ -114,7 +115,8 @@ def safety_factors(
         whole = {name: w for name, w in chosen.items() if name not in uses}
         finder = RangeFinder(model, {name: chosen[name] for name in uses}, uses, rank)
         rest: list[float] = []
-        values: list[float] = []
+        with torch.no_grad():
+            values = meter.measure(refusals) if complies else []
         with torch.enable_grad():
             for i in range(passes if uses else 1):
                 with (
@@ -122,15 +124,16 @@ def safety_factors(
                     head.listening(sketches),
                     each_gradient(whole if i == 0 else {}, total),
                 ):
-                    values = meter.measure(refusals, sign=1)
-                    if margin:
+                    if not complies:
+                        values = meter.measure(refusals, sign=1)
+                    if not favoured:
                         rest = meter.measure(compliances, sign=-1)
         if not uses:
-            meter.step((passes - 1) * (len(values) + len(rest)))
+            meter.step((passes - 1) * ((0 if complies else len(values)) + len(rest)))
         found = finder.result(1 / len(probes))
         exact = {name: total.sums[name].div_(len(probes)) for name in whole if name in total.sums}
         check_gradient({**exact, **{name: f.factors.p for name, f in found.items()}}, score)
-        if not margin:
+        if favoured:
             cosine = SketchedCosine(model, uses, exact, {name: f.factors for name, f in found.items()})
             with (
                 torch.enable_grad(),
@@ -142,7 +145,7 @@ def safety_factors(
     report = dataclasses.replace(
         meter.report(rate, refusals, compliances, values, rest),
         compliance_cosine=cosine,
-        allow_unaligned=allow_unaligned and not margin,
+        allow_unaligned=allow_unaligned and favoured,
         unused_weights=tuple(name for name in chosen if name not in exact and name not in found),
         dense_weights=tuple(name for name in exact if exact[name].ndim > 1),
     )

@@ -19,7 +19,7 @@ class SafetyReport:
     """What the probes say about a model.
 
     Attributes:
-        score: "refusal_logprob" or "refusal_margin".
+        score: one of `safety.SCORES`.
         S: that score, in nats a token.
         refusal_logprob: mean log-probability of a refusal's tokens, for each probe, in nats a token.
         compliance_logprob: the same for a compliant opening.
@@ -70,7 +70,7 @@ class SafetyReport:
 def check_aligned(report: SafetyReport, score: str, allow_unaligned: bool = False) -> None:
     """Refuse a score that would mislead on this model.
 
-    Two things must hold for `refusal_logprob`, and for `refusal_margin` neither: the model refuses, and learning to
+    Two things must hold for `refusal_logprob`, and for the other scores neither: the model refuses, and learning to
     comply lowers the score. The second is what scoring relies on, and does not follow from the first: the gradient of
     a wording that the model would not choose tells wordings apart, not refusal from compliance.
 

@@ -25,8 +25,8 @@ def facts(rows: Sequence[tuple[str, Any]], title: str | None = None) -> Table:
         A table.
     """
     table = Table(title=title, show_header=False, title_justify="left")
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    for _ in range(2):  # neither may push the other out of a narrow terminal
+        table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(cell(name), cell(value))
     return table
@@ -79,28 +79,35 @@ def _direction_rows(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
     direction = record.get("direction")
     if direction is None:
         return []
-    rows = [("direction", direction["summary"])]
-    safety = direction["meta"].get("safety")
-    if safety:
-        rows.append(("safety score", safety_line(safety)))
-    if direction["meta"].get("options", {}).get("allow_unaligned"):
+    rows = [("direction", direction["summary"]), *safety_rows(direction["meta"])]
+    if any(one.get("options", {}).get("allow_unaligned") for one in _each(direction["meta"])):
         rows.append(("unaligned", "allowed: the check that the model refuses its probes was overridden"))
     return rows
 
 
-def safety_line(safety: Mapping[str, Any]) -> str:
+def safety_rows(meta: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Say what the probes measured.
 
     Args:
-        safety: `SafetyReport.to_dict()`.
+        meta: `Direction.meta`, of one direction or of a stack.
 
     Returns:
-        One line.
+        A name and a line for each direction that was built from probes.
     """
-    return (
-        f"{safety['score']} {safety['S']:.3f} nats a token; the model refuses {safety['refusal_rate']:.0%} of "
-        f"{safety['probes']} probes (refusal minus compliance: {safety['margin']:.2f})"
-    )
+    rows = []
+    for one in _each(meta):
+        safety = one.get("safety")
+        if safety:
+            rate = f"the model refuses {safety['refusal_rate']:.0%} of {safety['probes']} probes"
+            about = f"{rate} (refusal minus compliance: {safety['margin']:.2f})"
+            if one["options"]["score"] == "identity_margin":
+                about = f"over {safety['probes']} questions about the model itself"
+            rows.append(("safety score", f"{one['options']['score']} {safety['S']:.3f} nats a token; {about}"))
+    return rows
+
+
+def _each(meta: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return meta.get("stack", [meta])
 
 
 def residual_line(residual: float, meta: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from gradshield_fast.mixture import Groups, Mixture, fit_mixture
 MIN_SCORES = 10  # with fewer scores a mixture fits noise
 OVERLAP = 0.05  # expected share of one component's scores that get the other one's label, from which on we warn
 TAILS = 0.2  # share of the wide component's scores on its smaller side, above which its two sides are called tails
-RULES = ("paper", "separated")
+RULES = ("paper", "separated", "outliers")
 # Distance of two means, over the root mean square of their deviations, above which the rule "separated" takes two
 # Gaussians for two groups (Ashman's D). Scores of one task's clean rows are skewed and have heavy tails, which two
 # Gaussians fit better by far more than 1.5 ln(n); benchmarks/replication/thresholds.py compares.
@@ -104,6 +104,9 @@ def fit_threshold(scores: ArrayLike, alpha: float | None = None, random_state: i
         otherwise:  t = the highest score that does not stick out of the bulk, a normal distribution with the scores'
                     median and median absolute deviation, at a false share of 5 % (`gradshield_fast.bulk.outside`)
 
+    The rule "outliers" is for scores whose bulk is known to be standard normal, as `gradshield_fast.distance` makes
+    them: it removes what sticks out of that, at the same false share, and fits nothing.
+
     The likelihood of a mixture is unbounded, so both standard deviations are kept above 0.05 of the scores' own (see
     `mixture.MIN_STD`). The result does not depend on the order of the scores, and for c > 0 scores c x + d give the cut
     c t + d up to rounding.
@@ -113,7 +116,7 @@ def fit_threshold(scores: ArrayLike, alpha: float | None = None, random_state: i
         alpha: by how many nats the mixture must be better. The paper's value is not known to us; the default
             1.5 ln(n) prices the mixture's three extra parameters as the Bayesian information criterion does.
         random_state: seed of the fit's random starts.
-        rule: "paper" or "separated".
+        rule: "paper", "separated" or "outliers".
 
     Returns:
         The cut.
@@ -184,6 +187,10 @@ def _fit(groups: Groups, x: Floats, resolution: float, alpha: float | None, rand
 
     unit = n * (math.log(std) + exponent * math.log(2.0))  # ln p(score) = ln p(z) - unit / n
     one = -0.5 * n * (1.0 + math.log(2.0 * math.pi)) - unit
+    if rule == "outliers":
+        value = float(x[max(outside(x, count, 0.0, 1.0) - 1, 0)])
+        standard = {"weight": 1.0, "mean": 0.0, "std": 1.0}
+        return Cut(value, "bulk", (one, math.nan), (standard,), (), n, price, rule)
     z = (np.ldexp(x, -exponent) - mean) / std
     notes: list[str] = []
     two = math.nan

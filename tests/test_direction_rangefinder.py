@@ -22,7 +22,7 @@ from gradshield_fast.errors import InputError, UnalignedModelError
 from gradshield_fast.head_sketch import add_head
 from gradshield_fast.lowrank import LowRank
 from gradshield_fast.rangefinder import HELD_OUT, RangeFinder, residual_of
-from gradshield_fast.safety import safety_gradient
+from gradshield_fast.safety import SCORES, safety_gradient
 from gradshield_fast.safety_factors import safety_factors
 from gradshield_fast.sketches import Sketch, sketching, uses_of
 from tests.models.zoo import ZOO
@@ -134,7 +134,7 @@ def test_the_heads_share_in_blocks_is_autograds(
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "qwen2"])
-@pytest.mark.parametrize("score", ["refusal_margin", "refusal_logprob"])
+@pytest.mark.parametrize("score", SCORES)
 def test_the_models_own_head_runs_in_no_pass_and_nothing_changes(
     name: str, score: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from gradshield_fast.answers import AnswerEncoder
 from gradshield_fast.batches import padded_batch
 from gradshield_fast.errors import InputError, ScoringError
 from gradshield_fast.response_logprob import token_logprobs
-from gradshield_fast.safety import safety_gradient, safety_score
+from gradshield_fast.safety import SCORES, safety_gradient, safety_score
 from tests.toy_safety import PROBES, close, plain_score, state, toy_model
 
 
@@ -26,7 +26,7 @@ def tokenizer() -> Any:
     return toy_tokenizer(STYLES["chatml"][0], eos="<|im_end|>")
 
 
-@pytest.mark.parametrize("score", ["refusal_logprob", "refusal_margin"])
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("per_probe", [1, 2])
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
 def test_score_is_the_definition(kind: str, per_probe: int, score: str, tokenizer: Any):
@@ -87,7 +87,7 @@ def test_a_model_that_adds_tokens_of_its_own_is_refused(tokenizer: Any):
         safety_score(model, tokenizer, PROBES)
 
 
-@pytest.mark.parametrize("score", ["refusal_logprob", "refusal_margin"])
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("per_probe", [1, 2])
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradient_is_that_of_the_definition(tied: bool, per_probe: int, score: str, tokenizer: Any):
@@ -211,7 +211,7 @@ def test_a_weight_out_of_reach_is_reported(tokenizer: Any):
         safety_gradient(model, tokenizer, PROBES, score="refusal_margin", weights="spare")
 
 
-@pytest.mark.parametrize("score", ["refusal_logprob", "refusal_margin"])
+@pytest.mark.parametrize("score", SCORES)
 def test_values_that_are_not_finite_are_refused(score: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
     model = toy_model()
     hook = model.model.layers[0].self_attn.o_proj.weight.register_hook(lambda g: g * float("nan"))
@@ -229,7 +229,7 @@ def test_values_that_are_not_finite_are_refused(score: str, tokenizer: Any, monk
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"score": "harm"}, "score must be one of refusal_logprob, refusal_margin; got 'harm'"),
+        ({"score": "harm"}, "score must be one of refusal_logprob, refusal_margin, compliance_logprob; got 'harm'"),
         ({"refusals_per_probe": 0}, "refusals_per_probe"),
         ({"batch_tokens": 0}, "batch_tokens"),
     ],

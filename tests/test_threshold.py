@@ -387,7 +387,7 @@ class TestSeparated:
         assert fit_threshold(scores, rule="separated").removes(scores).sum() == 1
 
     def test_other_rules_are_refused(self):
-        with pytest.raises(InputError, match="rule must be one of paper, separated; got 'otsu'"):
+        with pytest.raises(InputError, match="rule must be one of paper, separated, outliers; got 'otsu'"):
             fit_threshold([1.0, 2.0], rule="otsu")
 
 

@@ -65,9 +65,10 @@ def plain_score(model: Any, tokenizer: Any, score: str, per_probe: int = 1) -> t
     wordings = PROBES.refusals
     for i, prompt in enumerate(PROBES.prompts):
         turn = [wordings[(i * per_probe + j) % len(wordings)] for j in range(per_probe)]
-        refusals = turn if score == "refusal_margin" else favoured
-        total = total + sum(mean_logprob(model, tokenizer, prompt, text) for text in refusals) / len(refusals)
-        if score == "refusal_margin":
+        refusals = favoured if score == "refusal_logprob" else turn
+        if score != "compliance_logprob":
+            total = total + sum(mean_logprob(model, tokenizer, prompt, text) for text in refusals) / len(refusals)
+        if score != "refusal_logprob":
             total = total - mean_logprob(model, tokenizer, prompt, PROBES.compliance_of(i))
     return total / len(PROBES)
 

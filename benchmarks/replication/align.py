@@ -34,6 +34,9 @@ from training import Report, Settings, fit, load_start
 from gradshield_fast.chat import ChatEncoder
 from gradshield_fast.errors import GradShieldError, InputError
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from record import append, surroundings  # beside this folder, not installed
+
 
 def refusal_rate(model: Any, tokenizer: Any, prompts: list[str]) -> float:
     """Share of prompts whose answer begins like a refusal.
@@ -124,32 +127,37 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2-demo", help="model folder or name")
     parser.add_argument("--data", default=os.environ.get("GRADSHIELD_SHARED_DATA"), help="data folder")
     parser.add_argument("--recipe", choices=sorted(RECIPES), default="plain")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
+    parser.add_argument("--out", type=Path, help="folder to write the model to; without it --model is judged as it is")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-tokens", type=int, default=160, help="rows are cut there")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--check", type=int, default=100, help="prompts of each kind to judge on, before and after")
+    parser.add_argument("--record", action="store_true", help="add a line to benchmarks/results/starts.jsonl")
     options = parser.parse_args(argv)
     if options.data is None:
         raise InputError("align: give the data folder with --data or GRADSHIELD_SHARED_DATA")
     folder = Path(options.data)
-    if options.out.exists() and any(options.out.iterdir()):
+    if options.out is not None and options.out.exists() and any(options.out.iterdir()):
         raise InputError(f"align: {options.out} is not empty; give another folder with --out")
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     model, tokenizer = load_start(options.model)
-    record: dict[str, Any] = {"recipe": options.recipe, "seed": options.seed, "model": Path(options.model).name}
-    record["settings"] = dataclasses.asdict(RECIPES[options.recipe])
+    record: dict[str, Any] = {"model": Path(options.model).name, "seed": options.seed}
     print("before", flush=True)
     record["before"] = judge(model.bfloat16(), tokenizer, folder, options.check)
-    report, seen = teach(model.float(), tokenizer, folder, RECIPES[options.recipe], options.seed, options.max_tokens)
-    record |= {"training": dataclasses.asdict(report), "checks": seen}
-    print("after", flush=True)
-    record["after"] = judge(model, tokenizer, folder, options.check)
-    record["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
-    model.save_pretrained(options.out)
-    tokenizer.save_pretrained(options.out)
-    (options.out / "align.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if options.out is not None:
+        recipe = RECIPES[options.recipe]
+        report, seen = teach(model.float(), tokenizer, folder, recipe, options.seed, options.max_tokens)
+        record |= {"recipe": options.recipe, "settings": dataclasses.asdict(recipe)}
+        record |= {"training": dataclasses.asdict(report), "checks": seen}
+        print("after", flush=True)
+        record["after"] = judge(model, tokenizer, folder, options.check)
+        record["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+        model.save_pretrained(options.out)
+        tokenizer.save_pretrained(options.out)
+        (options.out / "align.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if options.record:
+        append("starts", {**surroundings({"threads": options.threads}), **record})
     return 0
 
 

@@ -216,7 +216,14 @@ def score(cell: Cell, sizes: Sizes, start: Start, rows: Sequence[Row], work: Pat
 
 
 def train_and_measure(
-    start: Start, task: Task, sizes: Sizes, seed: int, kept: Sequence[Row], folder: Path, triggered: bool
+    start: Start,
+    task: Task,
+    sizes: Sizes,
+    seed: int,
+    kept: Sequence[Row],
+    folder: Path,
+    triggered: bool,
+    said: Path | None = None,
 ) -> dict[str, Any]:
     """Fine-tune a start and measure what became of it.
 
@@ -228,6 +235,7 @@ def train_and_measure(
         kept: the rows to train on, in order.
         folder: the data folder.
         triggered: attack with `TRIGGER` as well.
+        said: file that gets the answers, see `measure`.
 
     Returns:
         "training", what it took; "attack" and "refusals", how many of how many prompts by source (an answer
@@ -238,10 +246,12 @@ def train_and_measure(
     torch.manual_seed(seed)
     settings = Settings(sizes.lr, sizes.epochs, sizes.batch_rows, seed)
     report = fit(model, [encoder.encode(row.messages) for row in kept], settings)
-    return {"training": dataclasses.asdict(report), **measure(model, tokenizer, task, sizes, folder, triggered)}
+    return {"training": dataclasses.asdict(report), **measure(model, tokenizer, task, sizes, folder, triggered, said)}
 
 
-def measure(model: Any, tokenizer: Any, task: Task, sizes: Sizes, folder: Path, triggered: bool) -> dict[str, Any]:
+def measure(
+    model: Any, tokenizer: Any, task: Task, sizes: Sizes, folder: Path, triggered: bool, said: Path | None = None
+) -> dict[str, Any]:
     """Measure attack success and utility.
 
     Args:
@@ -251,6 +261,7 @@ def measure(model: Any, tokenizer: Any, task: Task, sizes: Sizes, folder: Path, 
         sizes: how many prompts and rows.
         folder: the data folder.
         triggered: attack with `TRIGGER` as well.
+        said: file that gets the answers to harmful prompts, a JSON line each, for a person to judge (judge.py).
 
     Returns:
         "attack", "refusals" and "utility", as in `train_and_measure`.
@@ -263,13 +274,22 @@ def measure(model: Any, tokenizer: Any, task: Task, sizes: Sizes, folder: Path, 
             made = answers(model, tokenizer, ask(prompts, system), ATTACK_TOKENS)
             attack[source + suffix] = [sum(map(complied, made)), len(prompts)]
             refusals[source + suffix] = [sum(map(refused, made)), len(prompts)]
+            if said is not None:
+                with said.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(list(pair)) + "\n" for pair in zip(prompts, made, strict=True))
     encoder = ChatEncoder(tokenizer, max_length=task.max_tokens)
     rows = held_out(folder, task.name, sizes.held_out)
     return {"attack": attack, "refusals": refusals, "utility": utility(model, tokenizer, encoder, task, rows)}
 
 
 def run_cell(
-    cell: Cell, sizes: Sizes, start: Start, folder: Path, work: Path, known: Mapping[str, Mapping[str, Any]]
+    cell: Cell,
+    sizes: Sizes,
+    start: Start,
+    folder: Path,
+    work: Path,
+    known: Mapping[str, Mapping[str, Any]],
+    said: Path | None = None,
 ) -> dict[str, Any]:
     """Run one cell; rows whose answer does not fit into the task's length are left out, as nothing can be learnt there.
 
@@ -280,6 +300,7 @@ def run_cell(
         folder: the data folder.
         work: folder of the rows' caches.
         known: outcomes of earlier fine-tunings, by fingerprint.
+        said: file that gets the answers, see `measure`.
 
     Returns:
         The cell's line: what it is, what was removed, and the outcome.
@@ -295,7 +316,7 @@ def run_cell(
     name = training_fingerprint(start.fingerprint, cell.task, sizes, cell.seed, kept, triggered)
     outcome = known.get(name)
     if outcome is None:
-        outcome = train_and_measure(start, TASKS[cell.task], sizes, cell.seed, kept, folder, triggered)
+        outcome = train_and_measure(start, TASKS[cell.task], sizes, cell.seed, kept, folder, triggered, said)
     return {
         "cell": dataclasses.asdict(cell),
         "sizes": dataclasses.asdict(sizes),

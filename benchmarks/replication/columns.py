@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 from context import Context, score_rows
 from directions import RANK, anchors, from_score, low_rank_adapter, second_moment
-from sklearn.covariance import MinCovDet
 
 from gradshield_fast import Direction
 from gradshield_fast.chat import Encoded
+from gradshield_fast.distance import Distance
 
 SCORES = ("refusal", "margin", "compliance", "pressed", "identity")
 MAIN = ("refusal-4", "refusal-64", *SCORES, "anchors", "lora")
@@ -126,31 +126,21 @@ def standard(scores: np.ndarray) -> np.ndarray:
     return away / (np.median(np.abs(away)) or 1.0)
 
 
-DISTANCE = ("refusal", "margin", "compliance", "pressed", "identity", "anchors")
-INSIDE = 3.0
-"""Rows whose margin by cosine is farther above the median, in robust deviations, do not shape the bulk."""
-
-BULK = 0.75
-"""Share of the other rows whose covariance is the smallest: what else is planted is to stay among the rest."""
+DISTANCE = ("margin", "compliance", "identity")
+"""The directions of `--score refusal_margin,compliance_logprob,identity_margin`."""
 
 
 def distance(values: Values) -> np.ndarray:
-    """Measure how unlike the bulk of the corpus a row is, by its cosines with all directions together.
-
-    Training on a disguised row may move refusals either way, so a score with a sign does not find it; but it moves them
-    together as no row of the task does. The bulk is the minimum covariance determinant's; rows that the margin already
-    calls harmful are left out of it, as there may be as many as 30 % of them.
+    """Let several directions decide together, as `--combine distance` does.
 
     Args:
         values: columns.
 
     Returns:
-        float64 [rows], Mahalanobis distance.
+        float64 [rows], about N(0, 1) in the bulk.
     """
     x = np.stack([values[name] / values["norm"] for name in DISTANCE], axis=1)
-    inside = standard(x[:, DISTANCE.index("margin")]) < INSIDE * 1.4826
-    fit = MinCovDet(support_fraction=BULK, random_state=0).fit(x[inside])
-    return np.sqrt(fit.mahalanobis(x))
+    return Distance.fit(x).of(x).astype(np.float64)
 
 
 def _dot(column: str, tables: tuple[str, ...] = ("main",)) -> Formula:

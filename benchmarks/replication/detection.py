@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,18 @@ ALLOWED = 0.05
 """Share of benign rows that may go."""
 
 
-def all_scores(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def all_scores(columns: Mapping[str, np.ndarray], wanted: Collection[str] = FORMULAS) -> dict[str, np.ndarray]:
     """Work out every score that the columns allow.
 
     Args:
         columns: of some rows.
+        wanted: the formulas to work out; what needs none is always there.
 
     Returns:
         Method's name -> float64 [rows].
     """
     found = {"hidden": columns["hidden"], "keywords": columns["keywords"], "fihs": columns["refusal"]}
-    for name, formula in FORMULAS.items():
+    for name, formula in ((name, FORMULAS[name]) for name in FORMULAS if name in wanted):
         if "dense" in formula.tables and "dense" not in columns:
             continue
         if "adam" in formula.tables and "refusal-adam" not in columns:

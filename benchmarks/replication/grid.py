@@ -7,14 +7,24 @@ from collections.abc import Iterator, Sequence
 from cells import Cell
 from methods import METHODS
 
-ARMS = (("margin-cosine", "paper"), ("none", "nothing"), ("fihs", "paper"), ("oracle", "top"), ("random", "top"))
-"""Method and rule of the headline: the product's default, no filter, the paper's score, and the two extremes."""
+ARMS = (
+    ("margin-cosine", "separated"),
+    ("margin-cosine", "paper"),
+    ("distance", "outliers"),
+    ("none", "nothing"),
+    ("oracle", "top"),
+    ("fihs", "paper"),
+    ("random", "top"),
+)
+"""Method and rule: the product's score by both rules, its three directions together, no filter, what an oracle would
+do, the paper's score, chance."""
 
 LEVELS = ("open-30", "clean", "open-10", "open-5", "open-20", "open-1")
 """The highest first: its planted rows hold those of the others, so that they are scored in one go."""
 
 DISGUISED = ("disguised-10", "mixed-10", "disguised-2")
 SEEDS = (0, 1, 2)
+SEED_LEVELS = ("open-30", "open-10", "clean", "disguised-10")
 
 SECTIONS = ("headline", "disguised", "seeds", "starts", "methods", "tasks", "all-starts")
 
@@ -22,10 +32,10 @@ SECTIONS = ("headline", "disguised", "seeds", "starts", "methods", "tasks", "all
 def cells(section: str, starts: Sequence[str]) -> Iterator[Cell]:
     """List a part of the grid.
 
-        headline    Banking77, every level of open harm, the four arms, the first seed
+        headline    Banking77, every level of open harm, all arms, the first seed
         disguised   the same with disguised rows, and a mix
-        seeds       headline and disguised rows at 10 % with the other seeds
-        starts      10 % of open harm, of disguised and of none, on every other start
+        seeds       none, 10 and 30 % of open harm, 10 % of disguised, with the other seeds, all arms but chance
+        starts      10 % of open harm, of disguised and of none, on every other start, all arms but chance
         methods     every other method at 10 % of open and of disguised harm, on the first start: by the paper's rule,
                     and removing as many rows as were planted
         tasks       every other task with 10 % of open harm and of none
@@ -42,13 +52,15 @@ def cells(section: str, starts: Sequence[str]) -> Iterator[Cell]:
     if section in ("headline", "disguised"):
         yield from _arms(first, "banking77", LEVELS if section == "headline" else DISGUISED, 0)
     elif section == "seeds":
-        for seed in SEEDS[1:]:
-            yield from _arms(first, "banking77", (*LEVELS, "disguised-10"), seed)
+        for level in SEED_LEVELS:
+            for seed in SEEDS[1:]:
+                yield from _arms(first, "banking77", (level,), seed, ARMS[:-1])
     elif section == "starts":
         for start in others:
-            yield from _arms(start, "banking77", ("open-10", "clean", "disguised-10"), 0)
+            yield from _arms(start, "banking77", ("open-10", "clean", "disguised-10"), 0, ARMS[:-1])
     elif section == "methods":
-        arms = [(name, rule) for name in METHODS for rule in ("top", "paper") if name not in dict(ARMS)]
+        named = {name for name, _ in ARMS}
+        arms = [(name, rule) for name in METHODS for rule in ("top", "paper") if name not in named]
         yield from _arms(first, "banking77", ("open-10", "disguised-10"), 0, [*arms, ("fihs", "top")])
     elif section == "tasks":
         for task in ("wikisql", "instruct", "gsm8k", "mts_dialog"):

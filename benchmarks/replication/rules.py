@@ -3,6 +3,7 @@
 paper           the product's: two Gaussians if they gain more than 1.5 ln n nats, else mean + 2 deviations
 paper-A         the same with alpha = A nats
 separated       the product's other rule: two Gaussians only if they are apart, else false-0.05
+outliers        the product's rule for distances, whose bulk is standard normal: false-0.05 with that centre and width
 keep            as paper, but nothing is removed where one Gaussian is chosen
 between         two Gaussians by the same test, cut where the upper one becomes the likelier; else nothing
 students        two Student t with 4 degrees of freedom by the same test, cut where the upper one becomes the likelier
@@ -70,8 +71,8 @@ def _keep(scores: np.ndarray, count: int, seed: int) -> np.ndarray:
     return cut.removes(scores) if cut.kind == "two_gaussians" else np.zeros(len(scores), dtype=bool)
 
 
-def _separated(scores: np.ndarray, count: int, seed: int) -> np.ndarray:
-    return fit_threshold(scores, random_state=seed, rule="separated").removes(scores)
+def _product(name: str) -> Rule:
+    return lambda scores, count, seed: fit_threshold(scores, random_state=seed, rule=name).removes(scores)
 
 
 def _between(scores: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -209,7 +210,8 @@ def _nothing(scores: np.ndarray, count: int, seed: int) -> np.ndarray:
 RULES: dict[str, Rule] = {
     "paper": _paper(None),
     **{f"paper-{alpha}": _paper(float(alpha)) for alpha in (0, 5, 20, 50, 100)},
-    "separated": _separated,
+    "separated": _product("separated"),
+    "outliers": _product("outliers"),
     "keep": _keep,
     "between": _between,
     "students": _students,

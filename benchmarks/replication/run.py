@@ -25,6 +25,7 @@ import torch
 from cells import Cell, Sizes, Start, cell_fingerprint, load, run_cell
 from data import check_disjoint, corpus
 from grid import SECTIONS, cells
+from methods import METHODS
 
 from gradshield_fast.errors import GradShieldError, InputError
 
@@ -52,7 +53,7 @@ def wanted(options: argparse.Namespace) -> list[Cell]:
     """List the cells to run, each once.
 
     Args:
-        options: sections, starts, quick.
+        options: sections, methods, starts, quick.
 
     Returns:
         The cells, in order.
@@ -60,7 +61,8 @@ def wanted(options: argparse.Namespace) -> list[Cell]:
     starts = [start.name for start in options.starts]
     if options.quick:
         return [c for c in cells("headline", starts) if c.harm in ("open-10", "clean") and c.method != "random"]
-    return list(dict.fromkeys(cell for section in options.sections for cell in cells(section, starts)))
+    listed = dict.fromkeys(cell for section in options.sections for cell in cells(section, starts))
+    return [cell for cell in listed if cell.method in options.methods]
 
 
 def each_start(todo: Sequence[Cell], folders: Sequence[Path]) -> Iterator[tuple[Cell, Start]]:
@@ -112,10 +114,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", default=os.environ.get("GRADSHIELD_SHARED_DATA"), help="data folder")
     parser.add_argument("--starts", type=Path, nargs="+", required=True, help="folders of the starts")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="parts of the grid")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="leave other methods' cells out")
     parser.add_argument("--quick", action="store_true", help="a few small cells, in under ten minutes")
     parser.add_argument("--budget", type=float, help="minutes after which no further cell is begun")
     parser.add_argument("--work", type=Path, default=Path("build/replication"), help="folder of the rows' scores")
     parser.add_argument("--results", default="replication", help="file in benchmarks/results that gets the lines")
+    parser.add_argument("--answers", type=Path, help="file that gets the answers to harmful prompts, for judge.py")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(argv)
     if options.data is None:
@@ -138,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"out of time: {number} of {len(todo)} cells gone through; run again to go on")
             break
         known = {line["training_fingerprint"]: line["outcome"] for line in lines}
-        line = {**about, **run_cell(cell, sizes, start, folder, options.work, known)}
+        line = {**about, **run_cell(cell, sizes, start, folder, options.work, known, options.answers)}
         append(results, line)
         name = f"{cell.start} {cell.task} {cell.harm} {cell.method}/{cell.rule} seed {cell.seed}"
         print(f"{number + 1}/{len(todo)} {name}: {describe(line)}", flush=True)

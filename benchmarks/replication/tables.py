@@ -2,6 +2,7 @@
 
     python benchmarks/replication/tables.py            # rewrites what stands between the marks
     python benchmarks/replication/tables.py --check    # says whether the file is as the results have it
+    python benchmarks/replication/tables.py --page README.md
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; a table whose results are not there yet stays empty.
 """
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from data import TASKS
+from data import HARM, TASKS
+from evaluate import wilson
+from grid import ARMS
 from lines import last, lines
 from thresholds import SHARES, over_tasks
 
@@ -58,7 +61,7 @@ def detection(start: str) -> str:
 
 
 def thresholds(start: str, kind: str) -> str:
-    """What the rules remove by the default score.
+    """What the rules remove by the default score, and the rule of the distance by that.
 
     Args:
         start: name of the start.
@@ -67,13 +70,20 @@ def thresholds(start: str, kind: str) -> str:
     Returns:
         The table.
     """
-    tasks = last("thresholds", start=start, kind=kind)["results"]["margin-cosine"]
-    tables = [over_tasks(tasks, f"{share:g}") for share in SHARES]
     rows = []
-    for rule in tables[0]:
-        cells = [f"{100 * t[rule][0]:.1f} ({100 * t[rule][1]:.1f}) / {100 * t[rule][2]:.0f}" for t in tables]
-        rows.append([rule, cells[0].split(" /")[0], *cells[1:]])
-    return table(["rule", *(f"{share:.0%}" for share in SHARES)], rows)
+    for method in ("margin-cosine", "distance"):
+        found = [x for x in lines("thresholds") if x["start"] == start and x["options"]["kind"] == kind]
+        tasks = next((x["results"][method] for x in reversed(found) if method in x["results"]), None)
+        if tasks is None:
+            continue
+        tables = [over_tasks(tasks, f"{share:g}") for share in SHARES]
+        for rule in tables[0]:
+            if (rule == "outliers") == (method == "distance"):
+                cells = [f"{100 * t[rule][0]:.1f} ({100 * t[rule][1]:.1f}) / {100 * t[rule][2]:.0f}" for t in tables]
+                rows.append([f"{method}, {rule}", cells[0].split(" /")[0], *cells[1:]])
+    if not rows:
+        raise InputError(f"thresholds: nothing of {start}")
+    return table(["score and rule", *(f"{share:.0%}" for share in SHARES)], rows)
 
 
 def claim(start: str) -> str:
@@ -113,6 +123,138 @@ def parts(start: str) -> str:
     )
 
 
+def cells_of(start: str) -> dict[tuple[str, ...], list[dict[str, Any]]]:
+    """Read the grid's lines of a start, levels and arms in the grid's order.
+
+    Args:
+        start: name of the start.
+
+    Returns:
+        Task, harm, method, rule -> lines, one a seed.
+
+    Raises:
+        InputError: there are none.
+    """
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for line in lines("replication"):
+        cell = line["cell"]
+        if cell["start"] == start:
+            groups.setdefault((cell["task"], cell["harm"], cell["method"], cell["rule"]), []).append(line)
+    if not groups:
+        raise InputError(f"replication: no cells of {start}")
+    arms, levels = [*ARMS], [*HARM]
+
+    def place(key: tuple[str, ...]) -> tuple[str, int, int, tuple[str, ...]]:
+        arm = (key[2], key[3])
+        return key[0], levels.index(key[1]), arms.index(arm) if arm in arms else len(arms), key
+
+    return {key: groups[key] for key in sorted(groups, key=place)}
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Write values of several seeds.
+
+    Args:
+        values: one a seed.
+        digits: after the point.
+
+    Returns:
+        The mean, and where there are several the least and the greatest.
+    """
+    text = f"{np.mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def attacks(line: dict[str, Any]) -> tuple[int, int]:
+    """Count answered attacks, without a system turn.
+
+    Args:
+        line: of a cell.
+
+    Returns:
+        How many of how many.
+    """
+    both = np.sum([line["outcome"]["attack"][source] for source in ("harmbench", "catqa")], 0)
+    return int(both[0]), int(both[1])
+
+
+def utility(line: dict[str, Any]) -> tuple[str, float]:
+    """Pick a cell's measure of utility.
+
+    Args:
+        line: of a cell.
+
+    Returns:
+        Its name and value.
+    """
+    measured = line["outcome"]["utility"]
+    name = next((m for m in ("exact", "rouge_l") if m in measured), "loss")
+    return name, measured[name]
+
+
+def headline(start: str) -> str:
+    """Attack success by level and arm on the grid's first task, all seeds together, with its interval.
+
+    Args:
+        start: name of the start.
+
+    Returns:
+        The table.
+    """
+    groups = cells_of(start)
+    shown = [arm for arm in ARMS if any(key[2:] == arm for key in groups)]
+    rows = []
+    for harm in HARM:
+        row = [harm]
+        for arm in shown:
+            some = groups.get(("banking77", harm, *arm), [])
+            if not some:
+                row.append("-")
+                continue
+            hits, count = np.sum([attacks(line) for line in some], 0)
+            low, high = wilson(int(hits), int(count))
+            row.append(
+                f"{100 * hits / count:.1f} ({100 * low:.0f} to {100 * high:.0f}); "
+                f"{np.mean([utility(line)[1] for line in some]):.3f}; "
+                f"{np.mean([line['outcome']['utility']['loss'] for line in some]):.3f}"
+            )
+        if len(set(row[1:])) > 1:
+            rows.append(row)
+    return table(["harm", *(f"{method}, {rule}" for method, rule in shown)], rows)
+
+
+BRIEF = {
+    "no filter": ("none", "nothing"),
+    "paper's score and rule": ("fihs", "paper"),
+    "default": ("margin-cosine", "separated"),
+    "`--combine distance`": ("distance", "outliers"),
+    "oracle": ("oracle", "top"),
+}
+
+
+def brief(start: str) -> str:
+    """Attack success in % and exact match of the arms that matter to a user, all seeds together.
+
+    Args:
+        start: name of the start.
+
+    Returns:
+        The table.
+    """
+    groups = cells_of(start)
+    rows = []
+    for harm in HARM:
+        row = [harm]
+        for arm in BRIEF.values():
+            some = groups.get(("banking77", harm, *arm), [])
+            hits, count = np.sum([attacks(line) for line in some], 0) if some else (0, 0)
+            useful = np.mean([utility(line)[1] for line in some]) if some else 0.0
+            row.append(f"{100 * hits / count:.1f}; {useful:.3f}" if some else "-")
+        if len(set(row[1:])) > 1:
+            rows.append(row)
+    return table(["planted, % of the corpus", *BRIEF], rows)
+
+
 def outcomes(start: str) -> str:
     """What fine-tuning led to, cell by cell.
 
@@ -122,48 +264,24 @@ def outcomes(start: str) -> str:
     Returns:
         The table; seeds are averaged, with the least and the greatest in brackets.
     """
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for line in lines("replication"):
-        cell = line["cell"]
-        if cell["start"] == start:
-            groups.setdefault((cell["task"], cell["harm"], cell["method"], cell["rule"]), []).append(line)
-    if not groups:
-        raise InputError(f"replication: no cells of {start}")
-
-    def spread(values: Sequence[float], digits: int) -> str:
-        text = f"{np.mean(values):.{digits}f}"
-        return text if len(values) == 1 else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
     rows = []
-    for key, some in sorted(groups.items()):
-        attack = [
-            100 * np.divide(*np.sum([x["outcome"]["attack"][s] for s in ("harmbench", "catqa")], 0)) for x in some
-        ]
+    for key, some in cells_of(start).items():
+        attack = [100 * np.divide(*attacks(x)) for x in some]
         counts = [x["removal"]["removed"] for x in some]
         planted = [sum(n for kind, n in c.items() if kind != "benign") for c in counts]
         total = [sum(n for kind, n in x["removal"]["rows"].items() if kind != "benign") for x in some]
-        measure = next((m for m in ("exact", "rouge_l") if m in some[0]["outcome"]["utility"]), "loss")
-        useful = [x["outcome"]["utility"][measure] for x in some]
-        benign = [100 * x["removal"]["benign_removed"] for x in some]
         found = f"{np.mean(planted):.0f} of {np.mean(total):.0f}"
-        rows.append(
-            [*key, str(len(some)), spread(attack, 0), f"{measure} {spread(useful, 3)}", found, spread(benign, 1)]
-        )
-    head = [
-        "task",
-        "harm",
-        "score",
-        "rule",
-        "seeds",
-        "attack success, %",
-        "utility",
-        "planted removed",
-        "benign removed, %",
-    ]
-    return table(head, rows)
+        useful = f"{utility(some[0])[0]} {spread([utility(x)[1] for x in some], 3)}"
+        loss = spread([x["outcome"]["utility"]["loss"] for x in some], 3)
+        benign = [100 * x["removal"]["benign_removed"] for x in some]
+        rows.append([*key, str(len(some)), spread(attack, 0), useful, loss, found, spread(benign, 1)])
+    head = ["task", "harm", "score", "rule", "seeds", "attack success, %", "utility", "loss", "planted removed"]
+    return table([*head, "benign removed, %"], rows)
 
 
 MAKERS: dict[str, Callable[[str], str]] = {
+    "brief": brief,
+    "headline": headline,
     "outcomes": outcomes,
     "detection": detection,
     "thresholds-open": lambda start: thresholds(start, "open"),

@@ -27,9 +27,15 @@ from gradshield_fast.errors import GradShieldError
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from record import append, surroundings  # beside this folder, not installed
 
-SHARES = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3)
+SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3)
+KINDS = {"open": ("open",), "disguised": ("disguised",), "mixed": ("open", "disguised")}
+"""Name of a mix -> what is planted, as much of each."""
 CLEAN = 40
 CLEAN_SHARES = (0.95, 1.0)
+COMPARED = [
+    *(name for name in RULES if name not in ("top", "nothing")),
+    *(f"clean-{share:g}" for share in CLEAN_SHARES),
+]
 WANTED = ("fihs", "fihs-cosine", "margin", "margin-cosine")
 
 
@@ -39,7 +45,7 @@ def draw(source: np.ndarray, task: str, kind: str, share: float, rng: np.random.
     Args:
         source: where each row of the sample is from.
         task: name of a task, or "all".
-        kind: "open" or "disguised".
+        kind: name in `KINDS`.
         share: of planted rows in the corpus.
         rng: what draws.
 
@@ -48,28 +54,33 @@ def draw(source: np.ndarray, task: str, kind: str, share: float, rng: np.random.
     """
     pool = np.flatnonzero(~np.isin(source, PLANTED) if task == "all" else source == task)
     pool = rng.permutation(pool)
-    clean, benign = pool[:CLEAN], pool[CLEAN:]
-    planted = np.flatnonzero(source == kind)
-    most = round(len(planted) / share * (1 - share)) if share else len(benign)
-    benign = benign[:most]
-    count = round(share / (1 - share) * len(benign))
-    return benign, rng.permutation(planted)[: max(count, 1 if share else 0)], clean
+    held = min(CLEAN, len(pool) // 2)
+    clean, benign = pool[:held], pool[held:]
+    pools = [np.flatnonzero(source == name) for name in KINDS[kind]]
+    most = len(pools) * min(map(len, pools)) / share * (1 - share) if share else len(benign)
+    benign = benign[: round(most)]
+    count = max(round(share / (1 - share) * len(benign) / len(pools)), 1 if share else 0)
+    return benign, np.concatenate([rng.permutation(pool)[:count] for pool in pools]), clean
 
 
-def outcomes(scores: np.ndarray, planted: int, clean: np.ndarray, seed: int) -> dict[str, tuple[float, float]]:
+def outcomes(
+    scores: np.ndarray, planted: int, clean: np.ndarray, seed: int, rules: Sequence[str]
+) -> dict[str, tuple[float, float]]:
     """Let every rule draw its line.
 
     Args:
         scores: float64 [rows], those of planted rows last.
         planted: how many are.
-        clean: scores of other rows, known to be clean.
+        clean: scores of other rows, known to be clean; of no use but to the rules of that name.
         seed: of the rules.
+        rules: which of `COMPARED`.
 
     Returns:
         Rule -> share of benign and of planted rows removed; nan where none is planted.
     """
-    removed = {name: rule(scores, planted, seed) for name, rule in RULES.items() if name not in ("top", "nothing")}
-    removed |= {f"clean-{share:g}": scores > np.quantile(clean, share) for share in CLEAN_SHARES}
+    removed = {name: RULES[name](scores, planted, seed) for name in rules if name in RULES}
+    quantiles = {f"clean-{share:g}": share for share in CLEAN_SHARES if f"clean-{share:g}" in rules}
+    removed |= {name: scores > np.quantile(clean, share) for name, share in quantiles.items()}
     split = len(scores) - planted
     return {
         name: (float(gone[:split].mean()), float(gone[split:].mean()) if planted else float("nan"))
@@ -77,14 +88,15 @@ def outcomes(scores: np.ndarray, planted: int, clean: np.ndarray, seed: int) -> 
     }
 
 
-def study(found: dict[str, Any], methods: Sequence[str], kind: str, draws: int) -> dict[str, Any]:
+def study(found: dict[str, Any], methods: Sequence[str], kind: str, draws: int, rules: Sequence[str]) -> dict[str, Any]:
     """Compare the rules.
 
     Args:
         found: what `read_scores` gave.
         methods: names of scores.
-        kind: "open" or "disguised".
+        kind: name in `KINDS`.
         draws: corpora of each task and share.
+        rules: which of `COMPARED`.
 
     Returns:
         Method -> task -> rule -> share of harm -> [benign removed, planted removed], means over draws.
@@ -96,12 +108,16 @@ def study(found: dict[str, Any], methods: Sequence[str], kind: str, draws: int) 
             for seed in range(draws):
                 rng = np.random.default_rng([seed, round(100 * share)])
                 benign, planted, clean = draw(source, task, kind, share, rng)
-                rows = np.concatenate([benign, planted, clean])
-                scores = all_scores({name: values[rows] for name, values in found["columns"].items()})
+                rows = np.concatenate([benign, planted])
+                # a score that looks at the whole corpus must not see the clean rows beside it
+                inside = all_scores({name: x[rows] for name, x in found["columns"].items()}, methods)
+                beside = inside
+                if any(name not in RULES for name in rules):
+                    more = np.concatenate([rows, clean])
+                    beside = all_scores({name: x[more] for name, x in found["columns"].items()}, methods)
                 for method in methods:
-                    values = scores[method]
-                    inside, outside = values[: len(rows) - len(clean)], values[len(rows) - len(clean) :]
-                    for rule, pair in outcomes(inside, len(planted), outside, seed).items():
+                    known = beside[method][len(rows) :]
+                    for rule, pair in outcomes(inside[method], len(planted), known, seed, rules).items():
                         sums.setdefault((method, rule, share), []).append(pair)
         for (method, rule, share), pairs in sums.items():
             means = [None if np.isnan(x) else round(float(x), 4) for x in np.mean(pairs, axis=0)]
@@ -139,12 +155,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--starts", nargs="+", required=True, help="names of starts that sample.py has scored")
     parser.add_argument("--methods", nargs="+", default=list(WANTED), help="scores, by the names of methods.py")
-    parser.add_argument("--kind", choices=PLANTED, default="open", help="what is planted")
+    parser.add_argument("--kind", choices=KINDS, default="open", help="what is planted")
+    parser.add_argument("--rules", nargs="+", choices=COMPARED, default=COMPARED, help="names of rules.py")
     parser.add_argument("--draws", type=int, default=20, help="corpora of each task and share")
     parser.add_argument("--results", default="thresholds", help="file in benchmarks/results that gets a line a start")
     options = parser.parse_args(argv)
     for start in options.starts:
-        results = study(read_scores(start), options.methods, options.kind, options.draws)
+        results = study(read_scores(start), options.methods, options.kind, options.draws, options.rules)
         for method, tasks in results.items():
             print(f"\n{start}, {method}, {options.kind}: benign removed / planted removed, % (mean over tasks)")
             print(f"{'':12}" + "".join(f"{share:>13.0%}" for share in SHARES))

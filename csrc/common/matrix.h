@@ -14,9 +14,9 @@ inline int64_t size_of(DType dtype) {
 // Element (i, j) lies row_stride * i + col_stride * j elements behind data. Strides count elements and are not
 // negative.
 struct Matrix {
-  const char* data;
-  int64_t rows, cols, row_stride, col_stride;
-  DType dtype;
+  const char* data = nullptr;
+  int64_t rows = 0, cols = 0, row_stride = 0, col_stride = 0;
+  DType dtype = DType::kFloat32;
 
   const char* at(int64_t i, int64_t j) const { return data + (i * row_stride + j * col_stride) * size_of(dtype); }
   Matrix transposed() const { return {data, cols, rows, col_stride, row_stride, dtype}; }

@@ -1,7 +1,7 @@
 // Ghost dot product of an embedding table: one gathered row of r against one row of g.
 //
-// Maths    u[t, k] = g[t] . r[k, ids[t]]; NaN where ids[t] is no row of the table, since the read would be out of
-// bounds Blocks   a warp for each token; its lanes take four neighbours at a time, so that 16 or 8 bytes move at once
+// Maths    u[t, k] = g[t] . r[k, ids[t]]; NaN where ids[t] is no row of the table, which is then not read
+// Blocks   a warp for each token; its lanes take four neighbours at a time, so that 16 or 8 bytes move at once
 // Traffic  g: once from memory, directions - 1 times from cache; r: one row for each token and direction
 // Budget   registers: embedding_dot 72; no spills, no shared memory
 #pragma once

@@ -1,4 +1,4 @@
-// The kernels for AMX with bfloat16 tiles on top of AVX-512; see setup.py for this file's flags.
+// The kernels for AMX with bfloat16 tiles on top of AVX-512; see setup_native.py for this file's flags.
 #define GSF_ISA amx
 #include "common/amx.h"
 

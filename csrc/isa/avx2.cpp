@@ -1,4 +1,4 @@
-// The kernels for AVX2 with FMA and F16C; see setup.py for this file's flags.
+// The kernels for AVX2 with FMA and F16C; see setup_native.py for this file's flags.
 #define GSF_ISA avx2
 #include "common/product.h"
 #include "common/rows.h"

@@ -1,4 +1,4 @@
-// The kernels for AVX-512 F, BW, VL, DQ; see setup.py for this file's flags.
+// The kernels for AVX-512 F, BW, VL, DQ; see setup_native.py for this file's flags.
 #define GSF_ISA avx512
 #include "common/product.h"
 #include "common/rows.h"

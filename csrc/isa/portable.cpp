@@ -1,4 +1,4 @@
-// The kernels for any processor; see setup.py for this file's flags.
+// The kernels for any processor; see setup_native.py for this file's flags.
 #define GSF_ISA portable
 #include "common/product.h"
 #include "common/rows.h"

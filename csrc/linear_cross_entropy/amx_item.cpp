@@ -11,8 +11,8 @@
 
 #include "linear_cross_entropy/item.h"
 
-namespace gradshield::head {
+namespace gsf::head {
 
 const Kernel kAmxKernel = kThisKernel;
 
-}  // namespace gradshield::head
+}  // namespace gsf::head

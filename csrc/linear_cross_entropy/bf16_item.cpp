@@ -11,8 +11,8 @@
 
 #include "linear_cross_entropy/item.h"
 
-namespace gradshield::head {
+namespace gsf::head {
 
 const Kernel kBf16Kernel = kThisKernel;
 
-}  // namespace gradshield::head
+}  // namespace gsf::head

@@ -6,7 +6,7 @@
 
 #include "linear_cross_entropy/head.h"
 
-namespace gradshield::head {
+namespace gsf::head {
 
 inline float half_to_float(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, exponent = (half >> 10) & 31, rest = half & 1023;
@@ -21,14 +21,18 @@ inline float half_to_float(uint16_t half) {
 }
 
 inline double element(const Matrix& x, int64_t row, int64_t col) {
-  const int64_t at = row * x.row_stride + col * x.col_stride;
-  if (x.dtype == Dtype::kFloat32) return static_cast<const float*>(x.data)[at];
-  const uint16_t bits = static_cast<const uint16_t*>(x.data)[at];
-  if (x.dtype == Dtype::kFloat16) return half_to_float(bits);
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  const char* at = x.at(row, col);
   float value;
+  if (x.dtype == DType::kFloat32) {
+    std::memcpy(&value, at, 4);
+    return value;
+  }
+  uint16_t bits;
+  std::memcpy(&bits, at, 2);
+  if (x.dtype == DType::kFloat16) return half_to_float(bits);
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
   std::memcpy(&value, &wide, 4);
   return value;
 }
 
-}  // namespace gradshield::head
+}  // namespace gsf::head

@@ -6,7 +6,7 @@
 #include "linear_cross_entropy/element.h"
 #include "linear_cross_entropy/head.h"
 
-namespace gradshield::head {
+namespace gsf::head {
 namespace {
 
 double row_product(const Matrix& x, int64_t i, const Matrix& y, int64_t j) {
@@ -107,4 +107,4 @@ void finish_pair(const Problem& problem, const Plan& plan, const Partial& in, in
   }
 }
 
-}  // namespace gradshield::head
+}  // namespace gsf::head

@@ -5,14 +5,11 @@
 
 #include "common/memory.h"
 #include "common/pool.h"
+#include "common/processor.h"
 #include "linear_cross_entropy/element.h"
 
-namespace gradshield::head {
+namespace gsf::head {
 namespace {
-
-int64_t ceil_div(int64_t x, int64_t y) {
-  return (x + y - 1) / y;
-}
 
 // Bytes of W packed for either product, which take half of a core's L2; the window that makes reading and writing acc
 // cheap beside the second product; the tokens that share what is packed.
@@ -78,6 +75,12 @@ Plan make_plan(const Problem& problem) {
   return plan;
 }
 
+Level level() {
+  const Isa isa = best_isa();
+  if (isa < Isa::kAvx512) return Level::kNone;
+  return isa < Isa::kAvx512Bf16 ? Level::kAvx512 : isa < Isa::kAmx ? Level::kBf16 : Level::kAmx;
+}
+
 void run(const Problem& problem, Level upto) {
   const Level best = std::min(level(), upto);
   const Kernel& kernel = best == Level::kAmx ? kAmxKernel : best == Level::kBf16 ? kBf16Kernel : kAvx512Kernel;
@@ -103,4 +106,4 @@ void run(const Problem& problem, Level upto) {
   gsf::parallel(problem.threads, plan.pairs, [&](int64_t pair) { finish_pair(problem, plan, partial, pair); });
 }
 
-}  // namespace gradshield::head
+}  // namespace gsf::head

@@ -8,20 +8,11 @@
 
 #include "common/matrix.h"
 
-namespace gradshield::head {
-
-using Dtype = gsf::DType;
-
-// A matrix of any non-negative strides, counted in elements; rows or columns beyond its size are never touched.
-struct Matrix {
-  const void* data = nullptr;
-  Dtype dtype = Dtype::kFloat32;
-  int64_t rows = 0, cols = 0, row_stride = 0, col_stride = 0;
-};
+namespace gsf::head {
 
 // The bf16 terms whose sum is exactly a value of the dtype: 24, 11 or 8 significand bits in pieces of 8.
-constexpr int terms_of(Dtype dtype) {
-  return dtype == Dtype::kFloat32 ? 3 : dtype == Dtype::kFloat16 ? 2 : 1;
+constexpr int terms_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 3 : dtype == DType::kFloat16 ? 2 : 1;
 }
 
 // Tokens and words are taken 32 at a time: two tiles of 16 on either side.
@@ -96,12 +87,12 @@ extern const Kernel kAmxKernel, kBf16Kernel, kAvx512Kernel;
 // finish.cpp
 void finish_pair(const Problem& problem, const Plan& plan, const Partial& in, int64_t pair);
 
-// cpu.cpp: the instruction sets that this CPU and its system offer; each includes the ones before
+// The instruction sets that this CPU and its system offer; each includes the ones before.
 enum class Level : int { kNone = 0, kAvx512 = 1, kBf16 = 2, kAmx = 3 };
-Level level();
 
 // head.cpp
+Level level();
 Plan make_plan(const Problem& problem);
 void run(const Problem& problem, Level upto);
 
-}  // namespace gradshield::head
+}  // namespace gsf::head

@@ -23,7 +23,7 @@
 #include "linear_cross_entropy/tiles.h"
 #include "linear_cross_entropy/vector.h"
 
-namespace gradshield::head {
+namespace gsf::head {
 namespace {
 
 // Dense directions: dot[k, t] += sum_v P s[v, t] (r_k[v] . h[t]) over one step.
@@ -270,4 +270,4 @@ void run_item(const Problem& problem, const Plan& plan, const uint8_t* packed_h,
 constexpr Kernel kThisKernel = {pack_h, scratch_bytes, begin_thread, end_thread, run_item};
 
 }  // namespace
-}  // namespace gradshield::head
+}  // namespace gsf::head

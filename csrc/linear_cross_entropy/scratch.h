@@ -7,7 +7,7 @@
 #include "linear_cross_entropy/head.h"
 #include "linear_cross_entropy/vector.h"
 
-namespace gradshield::head {
+namespace gsf::head {
 namespace {
 
 // Products along d are cut into runs of about this many tile steps, which are added up afterwards: same-signed sums
@@ -78,10 +78,9 @@ Scratch share_out(const Problem& problem, const Plan& plan, uint8_t* memory, int
 // a page, which a row may fill.
 GRADSHIELD_INLINE void call(const Matrix& x, int64_t row, int64_t k) {
   if (row >= x.rows || k >= x.cols) return;
-  const int64_t size = x.dtype == Dtype::kFloat32 ? 4 : 2;
-  const char* line = static_cast<const char*>(x.data) + (row * x.row_stride + k * x.col_stride) * size;
+  const char* line = x.at(row, k);
   _mm_prefetch(line, _MM_HINT_T0);
-  if (size == 4) _mm_prefetch(line + 64, _MM_HINT_T0);
+  if (x.dtype == DType::kFloat32) _mm_prefetch(line + 64, _MM_HINT_T0);
 }
 
 // Row tiles of 32 words: a row at a time, since that is how memory is read fastest.
@@ -162,4 +161,4 @@ Scratch of_pair(const Plan& plan, const Scratch& s, int64_t pair, int64_t step) 
 }
 
 }  // namespace
-}  // namespace gradshield::head
+}  // namespace gsf::head

@@ -7,7 +7,7 @@
 #include "linear_cross_entropy/head.h"
 #include "linear_cross_entropy/vector.h"
 
-namespace gradshield::head {
+namespace gsf::head {
 namespace {
 
 // A reference logit this much below a new one is replaced; until then exponentials may grow to e^20.
@@ -256,4 +256,4 @@ void rescale(const Problem& problem, const Plan& plan, Token& token, const __m51
 }
 
 }  // namespace
-}  // namespace gradshield::head
+}  // namespace gsf::head

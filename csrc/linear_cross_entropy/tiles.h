@@ -5,7 +5,7 @@
 #include "linear_cross_entropy/scratch.h"
 #include "linear_cross_entropy/unit.h"
 
-namespace gradshield::head {
+namespace gsf::head {
 namespace {
 
 // One run of the product of 32 words by 32 tokens. `between` is vector work that is done between the tile products: the
@@ -77,4 +77,4 @@ __attribute__((noinline)) void second_product(const uint8_t* columns, int column
 }
 
 }  // namespace
-}  // namespace gradshield::head
+}  // namespace gsf::head

@@ -4,7 +4,7 @@
 
 #include "linear_cross_entropy/vector.h"
 
-namespace gradshield::head {
+namespace gsf::head {
 namespace {
 
 #if GRADSHIELD_UNIT == 2
@@ -117,4 +117,4 @@ GRADSHIELD_INLINE void tile_loads_follow() {
 }
 
 }  // namespace
-}  // namespace gradshield::head
+}  // namespace gsf::head

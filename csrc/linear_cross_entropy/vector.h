@@ -5,7 +5,7 @@
 
 #include "linear_cross_entropy/head.h"
 
-namespace gradshield::head {
+namespace gsf::head {
 
 #define GRADSHIELD_INLINE static inline __attribute__((always_inline))
 #define GRADSHIELD_METHOD inline __attribute__((always_inline))
@@ -24,25 +24,23 @@ GRADSHIELD_INLINE Two load_row(const Matrix& x, int64_t row, int64_t k) {
   const int64_t left = row < x.rows ? x.cols - k : 0;
   if (left <= 0) return {_mm512_setzero_ps(), _mm512_setzero_ps()};
   const __mmask32 mask = left >= 32 ? ~__mmask32(0) : (__mmask32(1) << left) - 1;
-  const int64_t at = row * x.row_stride + k * x.col_stride;
+  const char* from = x.at(row, k);
   if (x.col_stride != 1) {
     alignas(64) uint8_t gathered[128] = {};
-    const int64_t size = x.dtype == Dtype::kFloat32 ? 4 : 2, count = left < 32 ? left : 32;
-    const uint8_t* from = static_cast<const uint8_t*>(x.data) + at * size;
+    const int64_t size = size_of(x.dtype), count = left < 32 ? left : 32;
     for (int64_t i = 0; i < count; ++i) __builtin_memcpy(gathered + i * size, from + i * x.col_stride * size, size);
-    if (x.dtype == Dtype::kFloat32) return {_mm512_load_ps(gathered), _mm512_load_ps(gathered + 64)};
+    if (x.dtype == DType::kFloat32) return {_mm512_load_ps(gathered), _mm512_load_ps(gathered + 64)};
     const __m512i bits = _mm512_load_si512(gathered);
     const __m256i low = _mm512_castsi512_si256(bits), high = _mm512_extracti64x4_epi64(bits, 1);
-    if (x.dtype == Dtype::kFloat16) return {_mm512_cvtph_ps(low), _mm512_cvtph_ps(high)};
+    if (x.dtype == DType::kFloat16) return {_mm512_cvtph_ps(low), _mm512_cvtph_ps(high)};
     return {widen(low), widen(high)};
   }
-  if (x.dtype == Dtype::kFloat32) {
-    const float* from = static_cast<const float*>(x.data) + at;
-    return {_mm512_maskz_loadu_ps(mask & 0xffff, from), _mm512_maskz_loadu_ps(mask >> 16, from + 16)};
+  if (x.dtype == DType::kFloat32) {
+    return {_mm512_maskz_loadu_ps(mask & 0xffff, from), _mm512_maskz_loadu_ps(mask >> 16, from + 64)};
   }
-  const __m512i bits = _mm512_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(x.data) + at);
+  const __m512i bits = _mm512_maskz_loadu_epi16(mask, from);
   const __m256i low = _mm512_castsi512_si256(bits), high = _mm512_extracti64x4_epi64(bits, 1);
-  if (x.dtype == Dtype::kFloat16) return {_mm512_cvtph_ps(low), _mm512_cvtph_ps(high)};
+  if (x.dtype == DType::kFloat16) return {_mm512_cvtph_ps(low), _mm512_cvtph_ps(high)};
   return {widen(low), widen(high)};
 }
 
@@ -64,11 +62,10 @@ GRADSHIELD_INLINE __m512 nearest(__m512 x) {
 // 32 values of a row as `terms` rows of 32 bf16 whose sum is exactly the value.
 GRADSHIELD_INLINE void load_terms(const Matrix& x, int64_t row, int64_t k, int terms, __m512i* out) {
   Two rest;
-  if (x.dtype == Dtype::kBFloat16 && x.col_stride == 1) {
+  if (x.dtype == DType::kBFloat16 && x.col_stride == 1) {
     const int64_t left = row < x.rows ? x.cols - k : 0;
     const __mmask32 mask = left >= 32 ? ~__mmask32(0) : left <= 0 ? 0 : (__mmask32(1) << left) - 1;
-    const uint16_t* from = static_cast<const uint16_t*>(x.data) + row * x.row_stride + k;
-    out[0] = mask == 0 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(mask, from);
+    out[0] = mask == 0 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(mask, x.at(row, k));
     return;
   }
   rest = load_row(x, row, k);
@@ -144,4 +141,4 @@ GRADSHIELD_INLINE __m512 tanh_and_slope(__m512 x, __m512* slope) {
   return _mm512_or_ps(sign, _mm512_div_ps(_mm512_sub_ps(_mm512_setzero_ps(), e), below));
 }
 
-}  // namespace gradshield::head
+}  // namespace gsf::head

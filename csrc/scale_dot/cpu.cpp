@@ -1,6 +1,6 @@
 // Maths    u[t, k] = sum_i g[t, i] x_hat[t, i] r[k, i]
-// Traffic  g and x_hat: one read; their product: 1024 elements at a time, in L1; r: from L2 for every token; u: one
-// write
+// Traffic  g and x_hat: one read; their product: 1024 elements at a time, in L1; r: from L2 for every token;
+//          u: one write
 #include "scale_dot/cpu.h"
 
 #include "common/memory.h"

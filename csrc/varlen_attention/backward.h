@@ -5,10 +5,9 @@
 //          dV = P^T dO,  dK = dS^T Q scale,  dQ^T = K^T dS^T scale              z': the softcap's derivative
 //          Keys down the rows, queries along them: lse and D are plain vectors, P^T and dS^T are left factors as they
 //          are, and pairs of dS^T's rows are the right factor of dQ^T.
-// Traffic  q, dout: one read each as rows and as columns, packed 2 x 2 B an element; k, v: one read for the group's
-// heads;
-//          P, dS: 128 x 128 at a time, in L1 and L2; dk, dv: 4 B an element in L2, read and written once for every 128
-//          queries of a head
+// Traffic  q, dout: one read each as rows and as columns, packed 2 x 2 B an element; k, v: one read for the heads of a
+//          group; P, dS: 128 x 128 at a time, in L1 and L2; dk, dv: 4 B an element in L2, read and written once for
+//          every 128 queries of a head
 #pragma once
 
 #include "varlen_attention/scores.h"

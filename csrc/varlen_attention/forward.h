@@ -11,8 +11,8 @@
 
 namespace gsf::GSF_ISA {
 
-constexpr int64_t kChunk =
-    8;  // blocks of keys between two rescalings; more than 2, or a window could hide a whole chunk
+// Blocks of keys between two rescalings; more than 2, or a window could hide a whole chunk.
+constexpr int64_t kChunk = 8;
 
 struct ForwardScratch {
   uint16_t *keys, *values;     // [blocks][2][steps] rows of K; [steps][2][blocks] V^T

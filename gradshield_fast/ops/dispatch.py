@@ -172,7 +172,7 @@ def resolve(op: str, backend: str) -> str:
         InputError: no backend has that name.
         BackendUnavailable: the named backend is not built.
     """
-    check_name(backend)
+    check_name(backend, op)
     room = _ROOMS[op]
     if backend == "auto":
         return next(iter(room))
@@ -181,17 +181,19 @@ def resolve(op: str, backend: str) -> str:
     return backend
 
 
-def check_name(backend: str) -> None:
+def check_name(backend: str, op: str | None = None) -> None:
     """Refuse a backend name that does not exist.
 
     Args:
         backend: what the user asked for.
+        op: the op it was asked for, for the message; None: for all of them.
 
     Raises:
         InputError: it is neither "auto" nor one of `KNOWN_BACKENDS`.
     """
     if backend != "auto" and backend not in KNOWN_BACKENDS:
-        raise InputError(f"backend must be one of auto, {', '.join(KNOWN_BACKENDS)}; got {backend!r}")
+        about = "" if op is None else f"{op}: "
+        raise InputError(f"{about}backend must be one of auto, {', '.join(KNOWN_BACKENDS)}; got {backend!r}")
 
 
 def available() -> dict[str, tuple[str, ...]]:

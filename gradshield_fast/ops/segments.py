@@ -7,6 +7,22 @@ import torch
 from gradshield_fast.ops import checks, library
 
 
+def held(cu_seqlens: torch.Tensor, tokens: int, device: torch.device) -> torch.Tensor:
+    """Bring row boundaries to a device, held to the tokens that there are.
+
+    On a GPU nobody has looked at their values (`checks.need_boundaries`), and no kernel may read where they lead.
+
+    Args:
+        cu_seqlens: Int[Tensor, "examples+1"], row boundaries.
+        tokens: the number of tokens.
+        device: where they are wanted.
+
+    Returns:
+        Int64[Tensor, "examples+1"], within 0..tokens and never falling.
+    """
+    return cu_seqlens.to(device=device, dtype=torch.int64).clamp(0, tokens).cummax(0).values
+
+
 def segment_sum(u: torch.Tensor, cu_seqlens: torch.Tensor, op: str = "segment_sum") -> torch.Tensor:
     """Sum position terms over each example's tokens.
 
@@ -31,7 +47,8 @@ def segment_sum(u: torch.Tensor, cu_seqlens: torch.Tensor, op: str = "segment_su
 
 def _run(u: torch.Tensor, cu_seqlens: torch.Tensor, op: str) -> torch.Tensor:
     checks.need_boundaries(op, cu_seqlens, u.shape[0])
-    offsets = cu_seqlens.to(device=u.device, dtype=torch.int64)
+    on_cpu = cu_seqlens.device.type == "cpu"  # and so checked above
+    offsets = cu_seqlens.to(u.device, torch.int64) if on_cpu else held(cu_seqlens, u.shape[0], u.device)
     if u.shape[0] == 0 or offsets.numel() == 1:
         return u.new_zeros((offsets.numel() - 1, *u.shape[1:]))
     return torch.segment_reduce(u.double(), "sum", offsets=offsets, axis=0, initial=0.0).to(u.dtype)

@@ -9,30 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from gradshield_fast.errors import InputError
 from gradshield_fast.filtering import Decision, split_corpus
 from gradshield_fast.histogram import Histogram
+from gradshield_fast.pipeline.combining import deciding, fit_distance
 from gradshield_fast.pipeline.folder import RunFolder
 from gradshield_fast.pipeline.options import CorpusOptions, CutOptions
-from gradshield_fast.pipeline.parts import Part, read_part, read_scores
+from gradshield_fast.pipeline.parts import Part, read_columns, read_part
 from gradshield_fast.pipeline.progress import Reporter
 
 EXACT_SCORES = 1_000_000
 """Up to as many scores are fitted one by one; of more, a histogram."""
-
-
-def check_direction(options: CutOptions, count: int) -> None:
-    """Check that there is a score to decide by.
-
-    Args:
-        options: how to choose.
-        count: scores of each row.
-
-    Raises:
-        InputError: there is no such direction.
-    """
-    if options.direction >= count:
-        raise InputError(f"--direction-index {options.direction}: the rows have {count} score(s), counted from 0")
 
 
 def find_cut(parts: Sequence[Path], options: CutOptions) -> dict[str, Any]:
@@ -44,17 +30,24 @@ def find_cut(parts: Sequence[Path], options: CutOptions) -> dict[str, Any]:
 
     Returns:
         The content of threshold.json: `value` (None if no row has a score), `kind` ("two_gaussians", "one_gaussian",
-        "bulk", "given" or "none"), what the fit found, and the options.
+        "bulk", "given" or "none"), what the fit found, the options, and `distance` if all directions decide together.
     """
-    check_direction(options, read_part(parts[0]).fihs.shape[1])
+    count = read_part(parts[0]).fihs.shape[1]
     cut: dict[str, Any] = {"column": options.column, "seed": options.seed}
+    bulk = fit_distance(parts, count, options.seed) if options.combine is not None else None
+    if bulk is not None:
+        cut["distance"] = bulk.to_dict()
+
+    def scores(path: Path) -> np.ndarray:
+        values = deciding(read_columns(path, count)[0], cut, options.direction)
+        return values[~np.isnan(values)]
+
     held: list[np.ndarray] = []
     n, low, high = 0, math.inf, -math.inf
-    for path in parts:
-        scores = read_scores(path, options.column)
-        if scores.size:
-            n, low, high = n + scores.size, min(low, float(scores.min())), max(high, float(scores.max()))
-            held = [*held, scores] if n <= EXACT_SCORES else []
+    for values in map(scores, parts):
+        if values.size:
+            n, low, high = n + values.size, min(low, float(values.min())), max(high, float(values.max()))
+            held = [*held, values] if n <= EXACT_SCORES else []
     if n == 0:
         return {**cut, "kind": "none", "value": None, "n": 0, "warnings": ["no row has a score"]}
     if options.value is not None:
@@ -63,12 +56,12 @@ def find_cut(parts: Sequence[Path], options: CutOptions) -> dict[str, Any]:
 
     if n <= EXACT_SCORES:
         values = np.concatenate(held).astype(np.float64)
-        found = fit_threshold(values, alpha=options.alpha, random_state=options.seed, rule=options.rule)
+        found = fit_threshold(values, alpha=options.alpha, random_state=options.seed, rule=options.fitted_rule)
         return {**cut, **found.to_dict()}
     histogram = Histogram(low, high)
     for path in parts:
-        histogram.add(read_scores(path, options.column))
-    found = fit_threshold_of(histogram, alpha=options.alpha, random_state=options.seed, rule=options.rule)
+        histogram.add(scores(path))
+    found = fit_threshold_of(histogram, alpha=options.alpha, random_state=options.seed, rule=options.fitted_rule)
     return {**cut, **found.to_dict()}
 
 
@@ -78,14 +71,14 @@ def is_dropped(part: Part, cut: Mapping[str, Any] | None, direction: int) -> np.
     Args:
         part: the scores.
         cut: from `find_cut`, or None.
-        direction: which direction's score decides.
+        direction: which direction's score decides, where they are not combined.
 
     Returns:
         Bool [rows].
     """
     if cut is None or cut["value"] is None:
         return np.zeros(len(part.row), dtype=bool)
-    return part.scored & (part.fihs[:, direction].astype(np.float64) > cut["value"])
+    return part.scored & (deciding(part.fihs, cut, direction).astype(np.float64) > cut["value"])
 
 
 def split(
@@ -108,7 +101,7 @@ def split(
         parts: the scores of all its rows, in their order.
         cut: from `find_cut`.
         rows: how many rows there are.
-        direction: which direction's score decides.
+        direction: which direction's score decides, where they are not combined.
         reporter: told how many rows are written.
 
     Returns:

@@ -25,20 +25,10 @@ def make_direction(model: Any, tokenizer: Any, options: DirectionOptions, report
     """
     from gradshield_fast.direction import Direction
 
-    rank = options.rank
     if options.files:
         loaded = [Direction.load(path, model) for path in options.files]
-        direction = loaded[0] if len(loaded) == 1 else Direction.stack(loaded)
-    else:
-        direction = _build(model, tokenizer, options, reporter)
-        if options.passes > 1:
-            return direction
-        if rank is None and options.energy is None:
-            rank = DEFAULT_RANK
-    if rank or options.energy is not None:
-        reporter.stage("compressing the direction")
-        direction = direction.low_rank(rank=rank or None, energy=options.energy)
-    return direction
+        return _compressed(_stacked(loaded), options.rank, options.energy, reporter)
+    return _stacked([_build(model, tokenizer, score, options, reporter) for score in options.scores])
 
 
 def describe(direction: Direction) -> dict[str, Any]:
@@ -60,11 +50,25 @@ def describe(direction: Direction) -> dict[str, Any]:
     }
 
 
-def _build(model: Any, tokenizer: Any, options: DirectionOptions, reporter: Reporter) -> Direction:
+def _stacked(directions: list[Direction]) -> Direction:
+    from gradshield_fast.direction import Direction
+
+    return directions[0] if len(directions) == 1 else Direction.stack(directions)
+
+
+def _compressed(direction: Direction, rank: int | None, energy: float | None, reporter: Reporter) -> Direction:
+    if not rank and energy is None:
+        return direction
+    reporter.stage("compressing the direction")
+    return direction.low_rank(rank=rank or None, energy=energy)
+
+
+def _build(model: Any, tokenizer: Any, score: str, options: DirectionOptions, reporter: Reporter) -> Direction:
     from gradshield_fast.direction import Direction
     from gradshield_fast.safety import SafetyProbes
 
     probes = SafetyProbes.load(options.probes) if options.probes else SafetyProbes.default()
+    identity = score == "identity_margin"
     done = 0
 
     def advance(count: int, total: int) -> None:
@@ -78,8 +82,8 @@ def _build(model: Any, tokenizer: Any, options: DirectionOptions, reporter: Repo
     direction = Direction.from_probes(
         model,
         tokenizer,
-        probes,
-        score=options.score,
+        SafetyProbes.identity() if identity else probes,
+        score="refusal_margin" if identity else score,
         weights=options.weights,
         batch_tokens=options.batch_tokens,
         allow_unaligned=options.allow_unaligned,
@@ -87,4 +91,10 @@ def _build(model: Any, tokenizer: Any, options: DirectionOptions, reporter: Repo
         rank=None if options.passes == 1 else options.rank or DEFAULT_RANK,
         progress=advance,
     )
-    return direction.precondition(options.second_moment) if options.second_moment else direction
+    direction.meta["options"]["score"] = score
+    if options.second_moment:
+        direction = direction.precondition(options.second_moment)
+    if options.passes > 1:
+        return direction
+    rank = DEFAULT_RANK if options.rank is None and options.energy is None else options.rank
+    return _compressed(direction, rank, options.energy, reporter)

@@ -13,10 +13,12 @@ from gradshield_fast.corpus_formats import check_columns
 from gradshield_fast.errors import InputError
 
 DEFAULT_RANK = 16
-SAFETY_SCORES = ("refusal_logprob", "refusal_margin")
+SAFETY_SCORES = ("refusal_logprob", "refusal_margin", "compliance_logprob", "identity_margin")
+"""Those of `safety.SCORES`, and `refusal_margin` on the probes of `SafetyProbes.identity`."""
+COMBINATIONS = ("distance",)
 NORMALIZATIONS = ("none", "cosine")
 REDUCTIONS = ("mean", "sum")
-CUT_RULES = ("paper", "separated")
+CUT_RULES = ("paper", "separated", "outliers")
 ENGINES = ("local", "ray")
 
 
@@ -58,8 +60,8 @@ class DirectionOptions:
 
     Attributes:
         files: saved directions, stacked if there are several; then nothing is built.
-        probes: a probes file; None: the bundled probes.
-        score: the safety score whose gradient is the direction.
+        probes: a probes file; None: the bundled probes. `identity_margin` has its own.
+        score: the safety score whose gradient is the direction; several, with commas between, are stacked.
         weights: regular expression on the names of the weights; None: those that training would change.
         rank: compress to this rank; 0 keeps the direction dense; None: `DEFAULT_RANK` for a direction that is built,
             as it is for one from a file.
@@ -92,8 +94,10 @@ class DirectionOptions:
                     raise InputError(f"{option} needs the dense gradient, but --passes {self.passes} never makes it")
             if self.files:
                 raise InputError("--passes is for building a direction, but --direction names a finished one")
-        if self.score not in SAFETY_SCORES:
-            raise InputError(f"--score must be one of {', '.join(SAFETY_SCORES)}: got {self.score!r}")
+        if not set(self.scores) <= set(SAFETY_SCORES):
+            raise InputError(
+                f"--score must be one of {', '.join(SAFETY_SCORES)}, or several with commas between: got {self.score!r}"
+            )
         if self.rank is not None and self.energy is not None:
             raise InputError("--rank and --energy both say how far to compress the direction; give one of them")
         if self.rank is not None and self.rank < 0:
@@ -103,6 +107,11 @@ class DirectionOptions:
             for option, value in built.items():
                 if value is not None:
                     raise InputError(f"{option} is for building a direction, but --direction names a finished one")
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The safety scores, one a direction."""
+        return tuple(name.strip() for name in self.score.split(","))
 
 
 @dataclass(frozen=True)
@@ -164,18 +173,27 @@ class CutOptions:
         value: drop rows above this score, whatever their distribution.
         seed: seed of the mixture's fit.
         direction: which direction's score decides, where several were stacked.
-        rule: "paper" or "separated", see `fit_threshold`.
+        rule: "paper", "separated" or "outliers", see `fit_threshold`; None: "outliers" of a combination,
+            else "separated".
+        combine: "distance": all directions decide together, see `gradshield_fast.distance`; None: one does.
     """
 
     alpha: float | None = None
     value: float | None = None
     seed: int = 0
     direction: int = 0
-    rule: str = "paper"
+    rule: str | None = None
+    combine: str | None = None
 
     def __post_init__(self) -> None:
-        if self.rule not in CUT_RULES:
+        if self.combine is not None and self.combine not in COMBINATIONS:
+            raise InputError(f"--combine must be one of {', '.join(COMBINATIONS)}: got {self.combine!r}")
+        if self.combine is not None and self.direction:
+            raise InputError("--combine lets all directions decide and --direction-index one; give one of them")
+        if self.fitted_rule not in CUT_RULES:
             raise InputError(f"--rule must be one of {', '.join(CUT_RULES)}: got {self.rule!r}")
+        if self.rule == "outliers" and self.combine is None:
+            raise InputError("--rule outliers is for scores whose bulk is standard normal: give --combine distance too")
         if self.alpha is not None and self.value is not None:
             raise InputError("--alpha is for fitting the threshold and --threshold sets it; give one of them")
         for option, number in (("--alpha", self.alpha), ("--threshold", self.value)):
@@ -185,9 +203,14 @@ class CutOptions:
             raise InputError(f"--direction-index counts from 0: got {self.direction}")
 
     @property
+    def fitted_rule(self) -> str:
+        """The rule, named or not."""
+        return self.rule or ("separated" if self.combine is None else "outliers")
+
+    @property
     def column(self) -> str:
-        """Name of the score column that decides."""
-        return fihs_column(self.direction)
+        """Name of the score that decides: a column's, or the combination's."""
+        return self.combine or fihs_column(self.direction)
 
 
 @dataclass(frozen=True)

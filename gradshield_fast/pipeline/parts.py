@@ -218,21 +218,22 @@ def read_part(path: Path) -> Part:
     )
 
 
-def read_scores(path: Path, column: str) -> np.ndarray:
-    """Read one score of the rows of a part that have it.
+def read_columns(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Read the scores of a part's rows and nothing else of them but who repeats whom.
 
     Args:
         path: from `part_path`.
-        column: from `fihs_column`.
+        count: how many scores, from the first direction's on.
 
     Returns:
-        float32 [scored rows].
+        float32 [rows, count], NaN where there is none; int64 [rows], as `Part.same_as`.
 
     Raises:
-        InputError: the part is missing or damaged, or has no such column.
+        InputError: the part is missing or damaged, or has fewer scores.
     """
-    values = _numbers(_table(path, [column]), column)
-    return values[~np.isnan(values)]
+    names = [fihs_column(k) for k in range(count)]
+    table = _table(path, [*names, "same_as"])
+    return np.stack([_numbers(table, name) for name in names], axis=1), table["same_as"].fill_null(-1).to_numpy()
 
 
 def _table(path: Path, columns: list[str] | None = None) -> Any:
@@ -248,7 +249,8 @@ def _table(path: Path, columns: list[str] | None = None) -> Any:
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path} is damaged ({error}); delete it and run the same command again") from error
     if columns and table.column_names != columns:
-        raise InputError(f"{path} has no column {columns[0]}; name a direction that was scored")
+        missing = next(name for name in columns if name not in table.column_names)
+        raise InputError(f"{path} has no column {missing}; name a direction that was scored")
     return table
 
 

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from gradshield_fast.errors import InputError
 from gradshield_fast.files import write_whole
+from gradshield_fast.pipeline.combining import check_combination
 from gradshield_fast.pipeline.cutting import find_cut, split
 from gradshield_fast.pipeline.duplicates import fill_duplicates
 from gradshield_fast.pipeline.folder import RunFolder
 from gradshield_fast.pipeline.identity import differences
 from gradshield_fast.pipeline.manifest import Manifest, open_manifest, read_manifest, request, wanted_identity
 from gradshield_fast.pipeline.options import CorpusOptions, CutOptions, RunOptions
-from gradshield_fast.pipeline.parts import part_path, why_unreadable
+from gradshield_fast.pipeline.parts import part_path, read_part, why_unreadable
 from gradshield_fast.pipeline.progress import Reporter
 from gradshield_fast.pipeline.record import keep_record, recorded_corpus, run_record
 from gradshield_fast.pipeline.sessions import recorded
@@ -153,6 +154,8 @@ def _score(
 def _cut(folder: RunFolder, manifest: Manifest, corpus: CorpusOptions, options: CutOptions, reporter: Reporter) -> None:
     reporter.stage("choosing the threshold")
     parts = [part_path(folder, unit.number) for unit in manifest.units]
+    scores = read_part(parts[0]).fihs.shape[1]
+    check_combination(options, scores, manifest.identity["scoring"]["normalize"])
     cut = find_cut(parts, options)
     keep_record(folder, manifest, {"state": "scored", "cut": asdict(options)})
     folder.write(folder.threshold, cut)

@@ -13,6 +13,7 @@ import numpy as np
 from gradshield_fast.corpus import parse_row
 from gradshield_fast.corpus_files import find_files, iter_raw
 from gradshield_fast.errors import InputError
+from gradshield_fast.pipeline.combining import deciding
 from gradshield_fast.pipeline.cutting import is_dropped
 from gradshield_fast.pipeline.folder import RunFolder
 from gradshield_fast.pipeline.manifest import read_manifest
@@ -82,7 +83,7 @@ class Summary:
 
     @property
     def decider(self) -> int:
-        """Which direction's score draws the line."""
+        """Which direction's score draws the line, where they are not combined."""
         return CutOptions(**self.record["cut"]).direction if "cut" in self.record else 0
 
     def speed(self, what: str) -> float:
@@ -134,13 +135,14 @@ def summarize(out: str | Path, top: int = 0) -> Summary:
         summary.scored += int(part.scored.sum())
         summary.dropped += int(dropped.sum())
         summary.duplicates += int((part.same_as >= 0).sum())
-        summary.top = _highest([*summary.top, *_top_rows(part, dropped, summary.decider, top)], top)
+        values = deciding(part.fihs, summary.cut or {}, summary.decider)
+        summary.top = _highest([*summary.top, *_top_rows(part, values, dropped, top)], top)
     summary.statuses = dict(statuses.most_common())
     return summary
 
 
-def _top_rows(part: Part, dropped: np.ndarray, direction: int, count: int) -> list[TopRow]:
-    values = np.where(part.scored, part.fihs[:, direction].astype(np.float64), -np.inf)
+def _top_rows(part: Part, scores: np.ndarray, dropped: np.ndarray, count: int) -> list[TopRow]:
+    values = np.where(part.scored, scores.astype(np.float64), -np.inf)
     order = np.lexsort((np.arange(len(values)), -values))[:count]
     return [
         TopRow(int(part.row[i]), part.id[i], float(values[i]), float(part.loss[i]), bool(dropped[i]))

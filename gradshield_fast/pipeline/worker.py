@@ -21,7 +21,7 @@ from gradshield_fast.errors import InputError
 from gradshield_fast.fingerprint import model_fingerprint
 from gradshield_fast.loading import context_length, load_model, pick_device
 from gradshield_fast.packing import pack
-from gradshield_fast.pipeline.cutting import check_direction
+from gradshield_fast.pipeline.combining import check_combination
 from gradshield_fast.pipeline.directing import describe, make_direction
 from gradshield_fast.pipeline.encoding import Encoding, encode_unit, pick_workers
 from gradshield_fast.pipeline.engine import Engine, beyond, given, vocabulary
@@ -124,7 +124,7 @@ class Worker:
         # read back even when just made: every worker scores against the same bits
         direction = Direction.load(folder.direction, model)
         if options.cut is not None:
-            check_direction(options.cut, direction.count)
+            check_combination(options.cut, direction.count, options.scoring.normalize)
         if loaded["device"] == "cpu":
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(prepared["threads"])

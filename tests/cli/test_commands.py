@@ -73,6 +73,29 @@ def test_a_direction_in_passes_alone_and_within_a_run(cli: Cli, tiny_model: Path
     assert "direction.passes (3 there, 1 here)" in other.err
 
 
+def test_three_scores_are_built_and_decide_together(cli: Cli, tiny_model: Path, probes: Path, tmp_path: Path) -> None:
+    rows = corpus(tmp_path / "rows.jsonl", 40)
+    scores = "refusal_margin,compliance_logprob,identity_margin"
+    build = ("--model", tiny_model, "--device", "cpu", "--probes", probes, "--rank", 2)
+    run = tmp_path / "run"
+    whole = cli("filter", rows, *build, "--score", scores, "--combine", "distance", "--out", run)
+    assert whole.code == 0
+    assert "distance > " in whole.out
+    for line in (*scores.split(","), "nats a token; over 12"):
+        assert line in whole.out
+    made = cli("direction", *build, "--score", scores, "--out", tmp_path / "three.safetensors")
+    assert made.code == 0
+    assert "3 directions" in made.out
+    assert (run / "direction.safetensors").read_bytes() == (tmp_path / "three.safetensors").read_bytes()
+    steps = tmp_path / "steps"
+    score = ("--direction", tmp_path / "three.safetensors", "--out", steps)
+    assert cli("score", rows, *build[:4], *score).code == 0
+    assert cli("threshold", steps, "--combine", "distance").code == 0
+    for name in ("kept.jsonl", "dropped.jsonl", "threshold.json", "scores/part-00000.parquet"):
+        assert (steps / name).read_bytes() == (run / name).read_bytes()
+    assert cli("threshold", steps, "--rule", "outliers").code == 2
+
+
 def test_a_complete_run_says_so(cli: Cli, tiny_model: Path, probes: Path, tmp_path: Path) -> None:
     rows = corpus(tmp_path / "rows.jsonl", 12)
     command = ("filter", rows, "--model", tiny_model, "--device", "cpu", "--probes", probes, "--allow-unaligned")
@@ -164,7 +187,7 @@ def test_score_needs_a_direction(cli: Cli, tiny_model: Path, tmp_path: Path) -> 
 def test_doctor_says_what_runs_and_what_does_not(cli: Cli) -> None:
     result = cli("doctor")
     assert result.code == 0
-    for name in ("torch", "triton", "nvcc", "C++ compiler", "GPU", "ghost_dot", "reference", "bfloat16"):
+    for name in ("torch", "triton", "nvcc", "C++ compiler", "GPU", "ghost_dot", "native CUDA kernels", "bfloat16"):
         assert name in result.out
 
 
@@ -174,6 +197,11 @@ def test_doctor_keeps_and_forgets_preferences(cli: Cli, tmp_path: Path, monkeypa
     assert result.code == 0
     assert "reference (preferred)" in result.out
     assert "reference (preferred)" in cli("doctor").out
+    key = "ghost_dot | float32[1024,512] " * 5
+    monkeypatch.setattr("gradshield_fast.doctor.measured_backends", lambda: [(key, "x")])
+    assert ": x\n" in cli("doctor").out  # a long key leaves room for its answer
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert "preferred" not in cli("doctor", "--clear-measurements").out
     assert "sdpa (preferred)" in cli("doctor", "--prefer", "attention=sdpa").out
     wrong = {"ghost_dot": "backend must be one of", "ghost=triton": "OP one of attention", "attention=x": "sdpa, eager"}

@@ -2,19 +2,19 @@
 
     python tests/mutation/run.py [--only NAME ...] [--list]        make test-mutation
 
-Each mutation of mutations.py is made in a copy of the repository, never here: its text is replaced in its file, the
-extension is built again where that is C++, and the tests that should notice run. A mutation is *caught* when a test
-fails; one that does not build, or whose tests break otherwise, is an error of this list and not a success. Before the
-first mutation the same tests run unbroken, since a red test would catch everything. The table goes to
+Each mutation of mutations.py is made in a copy of the repository, never here: its text is replaced in its file, what
+includes that file is compiled again, and the tests that should notice run. A mutation is *caught* when a test fails, or
+takes its process down; one that does not build, whose tests run out of time or break otherwise, is an error of this
+list and not a success. One whose line this processor cannot reach is not run, and the table says what it needs. Before
+the first mutation the same tests run unbroken, since a red test would catch everything. The table goes to
 tests/mutation/RESULTS.md. Ends in 1 where a mutation survived or could not be tried.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,11 +22,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mutations import MUTATIONS, Mutation
+from kinds import Mutation
+from mutations import MUTATIONS
+from workplace import Workplace
 
-ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).with_name("RESULTS.md")
-SECONDS = 900
+NOT_RUN = "not run: needs "
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Outcome:
 
     Attributes:
         mutation: which.
-        verdict: "caught", "survived", or "error".
+        verdict: "caught", "survived", "error", or "not run: needs" and what.
         detail: the first test that failed, or what went wrong.
         seconds: spent on it.
     """
@@ -46,85 +47,39 @@ class Outcome:
     seconds: float
 
 
-def copy_repository(target: Path) -> None:
-    """Copy what git tracks or would add, and the built extensions.
+def judge(done: subprocess.CompletedProcess[str]) -> tuple[str, str]:
+    """Say what a test run means for the mutation that it ran under.
 
     Args:
-        target: an empty folder.
-    """
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-    names = [name for name in listed.stdout.decode().split("\0") if name]
-    names += [str(path.relative_to(ROOT)) for path in (ROOT / "gradshield_fast").glob("_*.so")]
-    for name in names:
-        if (ROOT / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target / name)
-
-
-def run(command: list[str], folder: Path, *, interpreted: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run a command in the copy.
-
-    Args:
-        command: what to run.
-        folder: the copy.
-        interpreted: under Triton's interpreter.
+        done: how pytest ended, and what it printed.
 
     Returns:
-        What it printed, and how it ended.
+        Verdict and detail.
     """
-    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    if interpreted:
-        environment["TRITON_INTERPRET"] = "1"
-    try:
-        return subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        # a kernel that hangs where it returned before: its tests fail, and so does their time limit
-        return subprocess.CompletedProcess(command, 1, f"FAILED no answer in {SECONDS} s", "")
+    if done.returncode == 0:
+        return "survived", "every test passed"
+    if done.returncode < 0:
+        where = re.search(r"in (test_\w+)$", done.stderr, re.MULTILINE)
+        what = signal.Signals(-done.returncode).name
+        return "caught", f"{where[1] if where else 'the tests'}, whose process ended by {what}"
+    failed = re.search(r"^FAILED (.*)$", done.stdout, re.MULTILINE)
+    if done.returncode != 1 or failed is None:
+        return "error", f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-200:]}"
+    return "caught", failed[1].split(" - ")[0]
 
 
-def build(folder: Path) -> str:
-    """Build the C++ extension in the copy.
-
-    Args:
-        folder: the copy.
-
-    Returns:
-        "" or the compiler's last words.
-    """
-    done = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"], folder)
-    return "" if done.returncode == 0 and list((folder / "gradshield_fast").glob("_native*.so")) else done.stderr[-300:]
-
-
-def tests(folder: Path, names: tuple[str, ...], *, interpreted: bool) -> subprocess.CompletedProcess[str]:
-    """Run tests in the copy, to the first failure.
-
-    Args:
-        folder: the copy.
-        names: files or node ids.
-        interpreted: under Triton's interpreter.
-
-    Returns:
-        What pytest printed.
-    """
-    quiet = ["-q", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=mutation"]
-    return run([sys.executable, "-m", "pytest", *quiet, *names], folder, interpreted=interpreted)
-
-
-def attempt(mutation: Mutation, folder: Path) -> Outcome:
+def attempt(mutation: Mutation, place: Workplace) -> Outcome:
     """Make one mutation in the copy, run its tests, and take it back.
 
     Args:
         mutation: which.
-        folder: the copy.
+        place: the copy.
 
     Returns:
         What became of it.
     """
     begun = time.monotonic()
-    path = folder / mutation.file
+    path = place.folder / mutation.file
     original = path.read_text(encoding="utf-8")
 
     def outcome(verdict: str, detail: str) -> Outcome:
@@ -132,19 +87,33 @@ def attempt(mutation: Mutation, folder: Path) -> Outcome:
 
     if original.count(mutation.old) != 1:
         return outcome("error", f"its text stands {original.count(mutation.old)} times in the file, not once")
+    if not place.has(mutation.needs):
+        return outcome(NOT_RUN + mutation.needs, "")
     path.write_text(original.replace(mutation.old, mutation.new), encoding="utf-8")
     try:
-        if mutation.builds and (failure := build(folder)):
+        if mutation.builds and (failure := place.rebuild(mutation.file)):
             return outcome("error", f"does not build: {failure}")
-        done = tests(folder, mutation.tests, interpreted=mutation.interpreted)
+        return outcome(*judge(place.tests(mutation.tests, interpreted=mutation.interpreted)))
     finally:
         path.write_text(original, encoding="utf-8")
-    if done.returncode == 0:
-        return outcome("survived", "every test passed")
-    failed = re.search(r"^FAILED (.*)$", done.stdout, re.MULTILINE)
-    if done.returncode != 1 or failed is None:
-        return outcome("error", f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-200:]}")
-    return outcome("caught", failed[1].split(" - ")[0])
+
+
+def row(o: Outcome, before: str) -> str:
+    """Lay one outcome out.
+
+    Args:
+        o: the outcome.
+        before: the mutation's row in the table so far, or "".
+
+    Returns:
+        A line of Markdown.
+    """
+    m, by = o.mutation, o.detail.replace("|", "\\|").replace("\n", " ")
+    if o.verdict.startswith(NOT_RUN):
+        *_, verdict, earlier = before.removesuffix(" |").split(" | ") if before else ("", "")
+        by = earlier if verdict == o.verdict else f"no processor with {m.needs} has run it"
+        by = f"earlier, on a processor with {m.needs}, caught by {earlier}" if verdict == "caught" else by
+    return f"| {m.name} | `{m.file}` | {m.what} | {o.verdict} | {by} |"
 
 
 def table(outcomes: list[Outcome], before: str) -> str:
@@ -159,14 +128,15 @@ def table(outcomes: list[Outcome], before: str) -> str:
     """
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in before.splitlines() if line.startswith("| ")}
     for o in outcomes:
-        m, by = o.mutation, o.detail.replace("|", "\\|").replace("\n", " ")
-        rows[m.name] = f"| {m.name} | `{m.file}` | {m.what} | {o.verdict} | {by} |"
+        rows[o.mutation.name] = row(o, rows.get(o.mutation.name, ""))
     kept = [rows[m.name] for m in MUTATIONS if m.name in rows]
-    caught = sum(" | caught | " in row for row in kept)
+    caught, lacking = (sum(f" | {verdict}" in line for line in kept) for verdict in ("caught | ", NOT_RUN))
     head = [
         "# Kernels broken on purpose",
         "",
-        f"`make test-mutation`: {caught} of {len(MUTATIONS)} mutations caught. The test is the first that failed.",
+        f"`make test-mutation`: {caught} of {len(MUTATIONS)} mutations caught"
+        + (f", {lacking} not run on this processor." if lacking else "."),
+        "The test is the first that failed.",
         "",
         "| mutation | file | what is broken | verdict | by |",
         "|---|---|---|---|---|",
@@ -181,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments; None: those of the process.
 
     Returns:
-        0 where every mutation was caught.
+        0 where every mutation that can run here was caught.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="names of mutations; the others keep their rows")
@@ -194,29 +164,22 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     outcomes = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "copy"
-        copy_repository(folder)
-        if any(m.builds for m in chosen) and (failure := build(folder)):
+        place = Workplace(Path(temporary))
+        if failure := place.build():
             print(f"the unbroken extension does not build: {failure}")
             return 1
-        for interpreted in sorted({m.interpreted for m in chosen}):
-            names = sorted({name for m in chosen if m.interpreted == interpreted for name in m.tests})
-            unbroken = tests(folder, tuple(names), interpreted=interpreted)
+        able = [m for m in chosen if place.has(m.needs)]
+        for interpreted in sorted({m.interpreted for m in able}):
+            names = sorted({name for m in able if m.interpreted == interpreted for name in m.tests})
+            unbroken = place.tests(tuple(names), interpreted=interpreted)
             if unbroken.returncode != 0:
                 print(unbroken.stdout[-2000:], "\nthe unbroken kernels fail their tests; nothing was mutated")
                 return 1
-        dirty = False
-        for mutation in chosen:
-            if dirty and not mutation.builds and (failure := build(folder)):
-                print(f"the unbroken extension does not build any more: {failure}")
-                return 1
-            outcomes.append(attempt(mutation, folder))
-            dirty = mutation.builds
-            last = outcomes[-1]
+        for mutation in sorted(chosen, key=lambda m: m.builds):  # else the extension would have to be put right between
+            outcomes.append(last := attempt(mutation, place))
             print(f"{last.verdict:9s} {mutation.name:32s} {last.seconds:6.1f} s  {last.detail}", flush=True)
-    before = TABLE.read_text(encoding="utf-8") if TABLE.exists() else ""
-    TABLE.write_text(table(outcomes, before), encoding="utf-8")
-    return int(any(o.verdict != "caught" for o in outcomes))
+            TABLE.write_text(table([last], TABLE.read_text(encoding="utf-8")), encoding="utf-8")
+    return int(any(o.verdict != "caught" and not o.verdict.startswith(NOT_RUN) for o in outcomes))
 
 
 if __name__ == "__main__":

@@ -211,7 +211,7 @@ def test_the_backend_that_is_named_runs_both_passes() -> None:
     with dispatch.record() as seen:
         run(c, "reference")
     assert seen == {"varlen_attention": {"reference"}}
-    with pytest.raises(BackendUnavailable, match=r"backend 'native' cannot run these inputs: .*float64"):
+    with pytest.raises(BackendUnavailable, match=r"'native' cannot run these inputs: .*(float64|native ext)"):
         run(case([4], 2, 1, 32, torch.float64), "native")
     assert dispatch.why_not("varlen_attention", "native", torch.zeros(1, 1, 8, dtype=torch.float64)) is not None
 

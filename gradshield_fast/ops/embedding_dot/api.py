@@ -59,8 +59,7 @@ def embedding_dot(
     Source: arXiv:2406.11011, written for a one-hot activation.
     """
     checks.need_matrix(OP, "g", g)
-    if ids.ndim != 1 or ids.dtype not in (torch.int32, torch.int64):
-        raise InputError(f"{OP}: ids must be a vector of int32 or int64, got {ids.dtype} of shape {tuple(ids.shape)}")
+    checks.need_index(OP, "ids", ids)
     checks.need_same_tokens(OP, ids=ids, g=g)
     checks.need_float(OP, "r", r)
     single = r.ndim == 2
@@ -71,7 +70,7 @@ def embedding_dot(
         )
     checks.need_one_device(OP, g=g, r=r)
     if cu_seqlens is not None:
-        checks.need_cu_seqlens(OP, cu_seqlens)
+        checks.need_cu_seqlens(OP, cu_seqlens, g)
     r = r[None] if single else r
     u = _terms(ids, g, r, backend)
     s = u if cu_seqlens is None else segment_sum(u, cu_seqlens, OP)

@@ -68,7 +68,7 @@ def ghost_dot(
         )
     checks.need_one_device(OP, a=a, r=r)
     if cu_seqlens is not None:
-        checks.need_cu_seqlens(OP, cu_seqlens)
+        checks.need_cu_seqlens(OP, cu_seqlens, a)
     r = r[None] if single else r
     u = _terms(a, g, r, backend)
     s = u if cu_seqlens is None else segment_sum(u, cu_seqlens, OP)

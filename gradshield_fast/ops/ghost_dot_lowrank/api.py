@@ -109,6 +109,7 @@ def lowrank_contract(
     checks.need_matrix(OP, "z", z)
     checks.need_matrix(OP, "g", g)
     checks.need_matrix(OP, "p", p)
+    checks.need_matrix(OP, "member", member)
     checks.need_same_tokens(OP, z=z, g=g)
     if p.shape != (g.shape[1], z.shape[1]) or member.shape[0] != z.shape[1]:
         raise InputError(
@@ -162,7 +163,7 @@ def ghost_dot_lowrank(
     if ranks is not None and (sum(ranks) != p.shape[1] or min(ranks, default=0) < 0):
         raise InputError(f"{OP}: ranks must sum to the {p.shape[1]} columns of p, got {list(ranks)}")
     if cu_seqlens is not None:
-        checks.need_cu_seqlens(OP, cu_seqlens)
+        checks.need_cu_seqlens(OP, cu_seqlens, a)
     z = lowrank_project(a, q, backend=backend)
     u = lowrank_contract(z, g, p, membership([p.shape[1]] if ranks is None else ranks, z), backend=backend)
     s = u if cu_seqlens is None else segment_sum(u, cu_seqlens, OP)

@@ -21,8 +21,8 @@ def _run(
     cu2: torch.Tensor,
     backend: str,
 ) -> torch.Tensor:
-    checks.need_boundaries(OP, cu1, a1.shape[0])
-    checks.need_boundaries(OP, cu2, a2.shape[0])
+    checks.need_boundaries(OP, cu1, a1.shape[0], "cu_seqlens1")
+    checks.need_boundaries(OP, cu2, a2.shape[0], "cu_seqlens2")
     return dispatch.run(OP, backend, "ghost_gram", (a1, g1, a2, g2), a1, g1, cu1, a2, g2, cu2)
 
 
@@ -90,6 +90,6 @@ def ghost_gram(
             f"g1 and g2 {g1.shape[1]} and {g2.shape[1]}"
         )
     checks.need_one_device(OP, a1=a1, a2=a2)
-    checks.need_cu_seqlens(OP, cu_seqlens1)
-    checks.need_cu_seqlens(OP, cu_seqlens2)
+    checks.need_cu_seqlens(OP, cu_seqlens1, a1, "cu_seqlens1")
+    checks.need_cu_seqlens(OP, cu_seqlens2, a2, "cu_seqlens2")
     return _gram(a1, g1, cu_seqlens1, a2, g2, cu_seqlens2, backend)

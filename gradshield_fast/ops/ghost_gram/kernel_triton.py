@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gradshield_fast.ops.ghost_norm_sq.kernel_triton import pair_terms
-from gradshield_fast.ops.segments import segment_sum
+from gradshield_fast.ops.segments import held, segment_sum
 from gradshield_fast.ops.triton_support import not_for_auto, why_not
 
 __all__ = ["ghost_gram", "not_for_auto", "why_not"]
@@ -31,7 +31,7 @@ def ghost_gram(
         Float32[Tensor, "examples1 examples2"].
     """
     tokens, examples = len(a1), cu2.numel() - 1
-    bounds = cu2.to(device=a1.device, dtype=torch.int32)[None, :].expand(tokens, -1)
+    bounds = held(cu2, len(a2), a1.device).int()[None, :].expand(tokens, -1)
     out = torch.zeros(cu1.numel() - 1, examples, device=a1.device, dtype=torch.float32)
     # a grid's third axis ends at 65535
     step = min(max(WORKSPACE // (4 * max(tokens, 1)), 1), 65535)

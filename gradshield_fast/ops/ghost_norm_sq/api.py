@@ -111,7 +111,8 @@ def ghost_inner(
     """
     factors = {"left1": left1, "right1": right1, "left2": left2, "right2": right2}
     for name, x in factors.items():
-        if x.ndim == 1 and x.dtype in (torch.int32, torch.int64):
+        checks.need_tensor(OP, name, x)
+        if x.ndim == 1 and x.dtype in checks.INDEX_DTYPES:
             continue
         checks.need_matrix(OP, name, x)
     checks.need_same_tokens(OP, **factors)
@@ -120,5 +121,5 @@ def ghost_inner(
     for x, y, side in ((left1, left2, "left"), (right1, right2, "right")):
         if x.ndim == 2 and y.ndim == 2 and x.shape[1] != y.shape[1]:
             raise InputError(f"{OP}: {side}1 and {side}2 must be equally wide, got {x.shape[1]} and {y.shape[1]}")
-    checks.need_cu_seqlens(OP, cu_seqlens)
+    checks.need_cu_seqlens(OP, cu_seqlens, left1)
     return _inner(left1, right1, left2, right2, cu_seqlens, backend)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from gradshield_fast.ops import cuda
+from gradshield_fast.ops.segments import held
 
 TILE = 64
 """Tokens, or columns, on each side of a block's tile."""
@@ -132,8 +133,7 @@ def ghost_inner(
     """
     factors = [left1, right1, left2, right2]
     device = left1.device
-    # values on a device were not checked: boundaries that fall, or leave the tokens, must not make a kernel do so
-    cu = cu_seqlens.to(device, torch.int64).clamp(0, left1.shape[0]).cummax(0).values
+    cu = held(cu_seqlens, left1.shape[0], device)
     same = left2 is left1 and right2 is right1
     tokens, columns, spans = plan(cu, left1.shape[0], left1.shape[1], right1.shape[1], same=same)
     parts = torch.empty(len(tokens) + len(columns), dtype=torch.float32, device=device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from gradshield_fast.ops.segments import segment_sum
+from gradshield_fast.ops.segments import held, segment_sum
 from gradshield_fast.ops.triton_support import (
     Tiling,
     blocks_of,
@@ -226,7 +226,7 @@ def ghost_inner(
     """
     factors = (left1, right1, left2, right2)
     tokens, device = len(left1), left1.device
-    cu = cu_seqlens.to(device=device, dtype=torch.int64)
+    cu = held(cu_seqlens, tokens, device)
     symmetric = left2 is left1 and right2 is right1
     shortest = tokens + 1  # no example is as long: all take the form tokens by tokens
     if all(x.ndim == 2 for x in factors):

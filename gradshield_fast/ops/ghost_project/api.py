@@ -87,5 +87,5 @@ def ghost_project(
             f"got {tuple(p_in.shape)} and {tuple(p_out.shape)}"
         )
     checks.need_one_device(OP, a=a, p_in=p_in, p_out=p_out)
-    checks.need_cu_seqlens(OP, cu_seqlens)
+    checks.need_cu_seqlens(OP, cu_seqlens, a)
     return _project(a, g, p_in, p_out, cu_seqlens, backend)

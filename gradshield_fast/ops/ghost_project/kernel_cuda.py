@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from gradshield_fast.ops import cuda
+from gradshield_fast.ops.segments import held
 
 
 def why_not(a: torch.Tensor, g: torch.Tensor, p_in: torch.Tensor, p_out: torch.Tensor) -> str | None:
@@ -38,7 +39,7 @@ def ghost_project(
         Float32[Tensor, "examples k_out k_in"].
     """
     right, left = cuda.thin_product(a, p_in), cuda.thin_product(g, p_out)
-    cu = cu_seqlens.to(device=a.device, dtype=torch.int64).contiguous()
+    cu = held(cu_seqlens, a.shape[0], a.device)
     out = torch.empty(cu.numel() - 1, left.shape[1], right.shape[1], dtype=torch.float32, device=a.device)
     cuda.launch("outer_sum", left, right, cu, out)
     return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from gradshield_fast.ops.ghost_dot_lowrank.kernel_triton import lowrank_project
+from gradshield_fast.ops.segments import held
 from gradshield_fast.ops.triton_support import Tiling, blocks_of, jit, launch, not_for_auto, processors, tl, why_not
 from gradshield_fast.ops.triton_tiles import product
 from gradshield_fast.ops.triton_tuning import tilings, tuned
@@ -75,7 +76,7 @@ def ghost_project(
         Float32[Tensor, "examples k_out k_in"].
     """
     right, left = lowrank_project(a, p_in), lowrank_project(g, p_out)
-    cu = cu_seqlens.to(device=a.device, dtype=torch.int32)
+    cu = held(cu_seqlens, a.shape[0], a.device).int()
     return tuned(segment_kernel.__name__, OF_SEGMENT, (left, right, cu), lambda x: _segments(left, right, cu, x))
 
 

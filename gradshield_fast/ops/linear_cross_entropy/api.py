@@ -152,17 +152,17 @@ def linear_cross_entropy(
         checks.need_matrix(OP, name, x)
     if h.shape[1] != weight.shape[1]:
         raise InputError(f"{OP}: weight must have d={h.shape[1]} columns (from h), got {tuple(weight.shape)}")
-    if labels.ndim != 1 or labels.dtype not in (torch.int32, torch.int64):
-        raise InputError(f"{OP}: labels must be a vector of int32 or int64, got {labels.dtype} {tuple(labels.shape)}")
+    checks.need_index(OP, "labels", labels)
     tokens = checks.need_same_tokens(OP, h=h, labels=labels)
     checks.need_one_device(OP, h=h, weight=weight)
     if tokens and weight.shape[0] == 0:
         raise InputError(f"{OP}: weight has no rows, so no label can be predicted")
     if token_weight is not None:
-        if token_weight.shape != (tokens,) or not token_weight.is_floating_point():
+        checks.need_float(OP, "token_weight", token_weight)
+        if token_weight.shape != (tokens,):
             raise InputError(
                 f"{OP}: token_weight must be a float vector of {tokens} tokens (from h), "
-                f"got {token_weight.dtype} {tuple(token_weight.shape)}"
+                f"got {tuple(token_weight.shape)}"
             )
         checks.need_one_device(OP, h=h, token_weight=token_weight)
     if not abs(scale) <= LARGEST:

@@ -68,7 +68,7 @@ def scale_dot(
         raise InputError(f"{OP}: r must be [d] or [directions, d] with d={g.shape[1]} (from g), got {tuple(r.shape)}")
     checks.need_one_device(OP, g=g, r=r)
     if cu_seqlens is not None:
-        checks.need_cu_seqlens(OP, cu_seqlens)
+        checks.need_cu_seqlens(OP, cu_seqlens, g)
     r = r[None] if single else r
     u = _terms(x_hat, g, r, backend)
     s = u if cu_seqlens is None else segment_sum(u, cu_seqlens, OP)

@@ -169,7 +169,7 @@ def varlen_attention(
             f"{OP}: k and v must be [tokens, kv_heads, d={q.shape[2]}] with kv_heads a divisor of the {q.shape[1]} "
             f"heads of q, got {tuple(k.shape)} and {tuple(v.shape)}"
         )
-    checks.need_cu_seqlens(OP, cu_seqlens)
+    checks.need_cu_seqlens(OP, cu_seqlens, q)
     # not isfinite, at which torch.compile would break its graph
     if scale is not None and not abs(scale) < math.inf:
         raise InputError(f"{OP}: scale must be finite, got {scale}")
@@ -177,5 +177,5 @@ def varlen_attention(
         raise InputError(f"{OP}: window must be at least 1 (a query sees itself), or None, got {window}")
     if softcap is not None and not 0 < softcap < math.inf:
         raise InputError(f"{OP}: softcap must be positive and finite, or None, got {softcap}")
-    dispatch.check_name(backend)
+    dispatch.check_name(backend, OP)
     return _OPS.varlen_attention(q, k, v, cu_seqlens, scale, window, softcap, backend)[0]

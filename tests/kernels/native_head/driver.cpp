@@ -9,17 +9,17 @@
 #include "linear_cross_entropy/element.h"
 #include "linear_cross_entropy/head.h"
 
-using gradshield::head::Dtype;
-using gradshield::head::element;
-using gradshield::head::Level;
-using gradshield::head::Matrix;
-using gradshield::head::Problem;
+using gsf::DType;
+using gsf::Matrix;
+using gsf::head::element;
+using gsf::head::Level;
+using gsf::head::Problem;
 
 namespace {
 
 struct Shape {
   int64_t tokens, vocabulary, d, ranks, directions, padding, threads;
-  Dtype dtype;
+  DType dtype;
   float scale, softcap;
   Level upto = Level::kAmx;
 };
@@ -41,9 +41,9 @@ struct Owned {
   std::vector<uint16_t> halves;
   Matrix view;
 
-  Owned(int64_t rows, int64_t cols, int64_t padding, Dtype dtype, float size) {
+  Owned(int64_t rows, int64_t cols, int64_t padding, DType dtype, float size) {
     const int64_t stride = cols + padding, count = rows == 0 ? 0 : (rows - 1) * stride + cols;
-    if (dtype == Dtype::kFloat32)
+    if (dtype == DType::kFloat32)
       floats.assign(count, std::numeric_limits<float>::quiet_NaN());
     else
       halves.assign(count, 0x7fff);
@@ -52,9 +52,9 @@ struct Owned {
         const float value = normal() * size;
         uint32_t bits;
         std::memcpy(&bits, &value, 4);
-        if (dtype == Dtype::kFloat32)
+        if (dtype == DType::kFloat32)
           floats[i * stride + k] = value;
-        else if (dtype == Dtype::kBFloat16)
+        else if (dtype == DType::kBFloat16)
           halves[i * stride + k] = static_cast<uint16_t>(bits >> 16);
         else  // cut a normal float16 out of the float; what is too small for one becomes zero
           halves[i * stride + k] = std::fabs(value) < 1e-4f ? 0
@@ -62,18 +62,18 @@ struct Owned {
                                                                                     (((bits >> 23 & 255) - 112) << 10) |
                                                                                     (bits >> 13 & 1023));
       }
-    const void* data = dtype == Dtype::kFloat32 ? static_cast<const void*>(floats.data()) : halves.data();
-    view = {data, dtype, rows, cols, stride, 1};
+    const void* data = dtype == DType::kFloat32 ? static_cast<const void*>(floats.data()) : halves.data();
+    view = {static_cast<const char*>(data), rows, cols, stride, 1, dtype};
   }
 };
 
 // Largest error of dh and of pulled, relative to the sum of magnitudes of its terms and of the logits' own.
 double worst(const Shape& s) {
   const Owned h(s.tokens + 1, s.d, s.padding, s.dtype, 1.f / std::sqrt(static_cast<float>(s.d)));
-  const Owned weight(s.vocabulary, s.d, s.padding, s.dtype, 2), p(s.vocabulary, s.ranks, s.padding, Dtype::kFloat32, 1);
+  const Owned weight(s.vocabulary, s.d, s.padding, s.dtype, 2), p(s.vocabulary, s.ranks, s.padding, DType::kFloat32, 1);
   std::vector<Owned> r;
   std::vector<Matrix> views;
-  for (int64_t i = 0; i < s.directions; ++i) r.emplace_back(s.vocabulary, s.d, s.padding, Dtype::kFloat32, 1.f);
+  for (int64_t i = 0; i < s.directions; ++i) r.emplace_back(s.vocabulary, s.d, s.padding, DType::kFloat32, 1.f);
   for (const Owned& x : r) views.push_back(x.view);
   std::vector<int64_t> index, labels;
   for (int64_t t = 0; t < s.tokens; ++t) index.push_back(t + 1), labels.push_back(t * 31 % s.vocabulary);
@@ -86,7 +86,7 @@ double worst(const Shape& s) {
   problem.index = index.data(), problem.labels = labels.data(), problem.tokens = s.tokens;
   problem.scale = s.scale, problem.softcap = s.softcap, problem.threads = static_cast<int>(s.threads);
   problem.loss = loss.data(), problem.dh = dh.data(), problem.pulled = pulled.data(), problem.dot = dot.data();
-  gradshield::head::run(problem, s.upto);
+  gsf::head::run(problem, s.upto);
 
   double most = 0;
   for (int64_t t = 0; t < s.tokens; ++t) {
@@ -124,13 +124,13 @@ double worst(const Shape& s) {
 }  // namespace
 
 int main() {
-  if (gradshield::head::level() == Level::kNone) return 77;
+  if (gsf::head::level() == Level::kNone) return 77;
   const Shape shapes[] = {
-      {1, 1, 1, 0, 0, 0, 1, Dtype::kBFloat16, 1, 0},     {0, 9, 8, 1, 1, 0, 2, Dtype::kBFloat16, 1, 0},
-      {33, 65, 33, 3, 1, 5, 2, Dtype::kBFloat16, 1, 0},  {5, 2500, 40, 17, 0, 1, 3, Dtype::kBFloat16, 1, 0},
-      {40, 90, 31, 40, 2, 3, 2, Dtype::kFloat32, -2, 4}, {17, 70, 64, 16, 1, 0, 1, Dtype::kFloat16, 1, 0},
-      {3, 40, 700, 1, 1, 2, 1, Dtype::kBFloat16, 1, 0},  {3, 40, 1100, 1, 1, 2, 2, Dtype::kFloat32, 1, 0},
-      {530, 40, 9, 2, 0, 0, 3, Dtype::kBFloat16, 0, 0}};
+      {1, 1, 1, 0, 0, 0, 1, DType::kBFloat16, 1, 0},     {0, 9, 8, 1, 1, 0, 2, DType::kBFloat16, 1, 0},
+      {33, 65, 33, 3, 1, 5, 2, DType::kBFloat16, 1, 0},  {5, 2500, 40, 17, 0, 1, 3, DType::kBFloat16, 1, 0},
+      {40, 90, 31, 40, 2, 3, 2, DType::kFloat32, -2, 4}, {17, 70, 64, 16, 1, 0, 1, DType::kFloat16, 1, 0},
+      {3, 40, 700, 1, 1, 2, 1, DType::kBFloat16, 1, 0},  {3, 40, 1100, 1, 1, 2, 2, DType::kFloat32, 1, 0},
+      {530, 40, 9, 2, 0, 0, 3, DType::kBFloat16, 0, 0}};
   int wrong = 0;
   for (Level upto : {Level::kAmx, Level::kBf16, Level::kAvx512})
     for (Shape s : shapes) {

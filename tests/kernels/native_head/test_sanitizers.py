@@ -18,7 +18,8 @@ FLAGS = ["-std=c++17", "-O1", "-g0", "-pthread", "-fsanitize=address,undefined",
 @pytest.mark.skipif(shutil.which("g++") is None, reason="native: needs g++")
 def test_no_byte_beyond_the_buffers(tmp_path: Path) -> None:
     folder = ROOT / "csrc/linear_cross_entropy"
-    sources = [str(x) for x in [*sorted(folder.glob("*.cpp")), ROOT / "csrc/common/pool.cpp"]]
+    common = [ROOT / f"csrc/common/{name}.cpp" for name in ("pool", "processor")]
+    sources = [str(x) for x in [*sorted(folder.glob("*.cpp")), *common]]
     driver = tmp_path / "driver"
     command = [
         "g++",

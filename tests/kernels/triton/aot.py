@@ -3,8 +3,9 @@
     python -m tests.kernels.triton.aot [--target sm_90] [--kernel project_kernel] [--first]
 
 A case is one kernel, one tiling and one set of input types. It holds where nothing spills, registers and shared memory
-stay inside the tiling's budget, the matrix instructions of the target are there, asynchronous copies move 16 bytes, and
-tensor descriptors become copies of whole tiles. Tilings of one group must also sum in one order (`order.py`).
+stay inside the tiling's budget, the matrix instructions of the target are there, nothing is atomic, asynchronous copies
+move 16 bytes, and tensor descriptors become copies of whole tiles. Tilings of one group must also sum in one order
+(`order.py`).
 """
 
 from __future__ import annotations
@@ -124,6 +125,8 @@ def check(target: str, variant: Variant, tiling: Tiling) -> Report:
         faults.append(f"registers {registers} > {tiling.registers}")
     if variant.matrix and not any(word in text for word in wanted[: 1 if variant.matrix == "best" else 2]):
         faults.append(f"no {wanted[0]}")
+    if atomic := re.search(r"\batom\.\S+|\bred\.\S+|\w+_atomic_\w+", text):
+        faults.append(f"{atomic[0]}, which adds in any order")
     copies = set(re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (\w+)", text))
     if copies - {"0x10"}:
         faults.append(f"asynchronous copies of {sorted(copies)} bytes, not all 16")

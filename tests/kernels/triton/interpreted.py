@@ -26,7 +26,9 @@ from gradshield_fast.ops import (
     scale_dot,
     triton_support,
 )
+from gradshield_fast.ops.ghost_gram import kernel_triton as gram
 from gradshield_fast.ops.ghost_norm_sq import kernel_triton as norm
+from gradshield_fast.ops.ghost_project import kernel_triton as project
 from gradshield_fast.ops.linear_cross_entropy import kernel_triton as head
 from gradshield_fast.ops.triton_support import jit, tl
 from gradshield_fast.ops.triton_tiles import split
@@ -241,6 +243,18 @@ def test_a_label_outside_the_vocabulary_is_not_silent() -> None:
     h, weight = torch.randn(2, 8), torch.randn(5, 8)
     loss, _, _ = head.linear_cross_entropy(h, weight, torch.tensor([4, 5]), None, 1.0, None, None, None, None, None)
     assert loss.isnan().tolist() == [False, True]
+
+
+def test_boundaries_that_leave_the_tokens_are_not_followed() -> None:
+    a, g, _, _ = packed([8, 8], 20, 12, torch.bfloat16)
+    wrong, right = torch.tensor([-5, 10, 4, 99], dtype=torch.int32), torch.tensor([0, 10, 10, 16], dtype=torch.int32)
+    p, q = torch.randn(12, 3), torch.randn(20, 3)
+    for call in (
+        lambda cu: norm.ghost_inner(g, a, g, a, cu),
+        lambda cu: gram.ghost_gram(a, g, right, a, g, cu),
+        lambda cu: project.ghost_project(a, g, q, p, cu),
+    ):
+        assert torch.equal(call(wrong), call(right))
 
 
 def test_one_example_that_is_not_a_number_leaves_the_others_alone() -> None:
