@@ -5,7 +5,7 @@
 Scoring, forward passes and the bare matrix products take turns, round by round, after a warm-up. "Share of the floor"
 is the time of the bare products (`floor.py`) over scoring's, in the same round; "over the best forward" is scoring's
 time over that of the fastest of several forward passes. Median over rounds; best in parentheses. One JSON line goes to
-benchmarks/results/end_to_end.jsonl.
+benchmarks/results/end_to_end.jsonl; with --ways one for each way to score: hooks and compiled, without and with norms.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def scorer_options(options: argparse.Namespace) -> dict[str, Any]:
         Keyword arguments.
     """
     known = inspect.signature(Scorer.__init__).parameters
-    wanted = {"compile": options.compile, "checkpoint": options.checkpoint, "norms": options.norms}
+    wanted = {name: getattr(options, name) for name in ("compile", "checkpoint", "norms")}
     for name, value in wanted.items():
         if value and name not in known:
             print(f"Scorer has no option {name!r} in this version: scored without it", file=sys.stderr)
@@ -123,36 +123,69 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def measure(model: Any, direction: Direction, batches: list[Batch], options: argparse.Namespace) -> dict[str, Any]:
+def ways_to_score(options: argparse.Namespace) -> dict[str, argparse.Namespace]:
+    """List the ways to score that take turns.
+
+    Args:
+        options: the command line's.
+
+    Returns:
+        Name -> options of the command line that would measure it alone.
+    """
+    if not options.ways:
+        return {SCORING: options}
+    pairs = [(compiled, norms) for compiled in (False, True) for norms in (False, True)]
+    return {
+        f"{'compiled' if compiled else 'hooks'}{', norms' if norms else ''}": argparse.Namespace(
+            **{**vars(options), "compile": compiled, "norms": norms}
+        )
+        for compiled, norms in pairs
+    }
+
+
+def measure(
+    model: Any,
+    direction: Direction,
+    batches: list[Batch],
+    ways: dict[str, argparse.Namespace],
+    options: argparse.Namespace,
+) -> dict[str, dict[str, Any]]:
     """Take turns.
 
     Args:
         model: the model.
         direction: what to score against.
         batches: packed rows.
+        ways: the ways to score.
         options: the command line's.
 
     Returns:
-        Seconds of each variant in each round, errors of those that cannot run, and scoring's memory.
+        For each way seconds of it and of what it is held against in each round, errors of what cannot run, and memory.
     """
-    with Scorer(model, direction, **scorer_options(options)) as scorer:
+    with Scorer(model, direction, norms=options.norms) as scorer:
         taken = as_taken(scorer, batches)
     smallest = min(taken, key=lambda batch: int(batch.attention_mask.sum()))
     calls: dict[str, Callable[[], Any]] = {FLOOR: lambda: floor.seconds(model, taken)}
     calls |= forwards(model, batches, compiled=options.compiled_forward)
     errors: dict[str, str] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in (SCORING, *calls)}
+    seconds: dict[str, list[float]] = {name: [] for name in (*ways, *calls)}
+    about: dict[str, dict[str, Any]] = {name: {} for name in ways}
     memory = PeakMemory()
+    begun = time.perf_counter()
     for number in range(options.rounds + 1):  # round 0 warms up
-        with Scorer(model, direction, **scorer_options(options)) as scorer:
-            scorer.score(padded(smallest))  # calibration is once a corpus
-            with memory:
-                took = timed(lambda scorer=scorer: [scorer.score(padded(batch)) for batch in taken])
-            if number:
-                seconds[SCORING].append(took)
-            if options.profile and number == options.rounds:
-                profile(lambda scorer=scorer: [scorer.score(padded(batch)) for batch in taken])
-            ran, ways = dict(scorer.backends), dict(scorer.ways)
+        if number > 1 and options.budget is not None and time.perf_counter() - begun > options.budget:
+            break
+        for way, wanted in ways.items():
+            with Scorer(model, direction, **scorer_options(wanted)) as scorer:
+                scorer.score(padded(smallest))  # calibration is once a corpus
+                with memory:
+                    took = timed(lambda scorer=scorer: [scorer.score(padded(batch)) for batch in taken])
+                if number:
+                    seconds[way].append(took)
+                if options.profile and number == options.rounds:
+                    profile(lambda scorer=scorer: [scorer.score(padded(batch)) for batch in taken])
+                ran = {"backends": dict(scorer.backends), "ways": about[way].get("ways") or dict(scorer.ways)}
+                about[way] = {**ran, "extra_mib": memory.extra, "peak_mib": memory.peak}
         for name, call in calls.items():
             if name in errors:
                 continue
@@ -164,12 +197,12 @@ def measure(model: Any, direction: Direction, batches: list[Batch], options: arg
             if number:
                 seconds[name].append(took)
     return {
-        "seconds": {name: values for name, values in seconds.items() if values},
-        "errors": errors,
-        "backends": ran,
-        "ways": ways,
-        "extra_mib": memory.extra,
-        "peak_mib": memory.peak,
+        way: {
+            "seconds": {name: x for name, x in seconds.items() if x and (name == way or name not in ways)},
+            "errors": errors,
+            **about[way],
+        }
+        for way in ways
     }
 
 
@@ -185,11 +218,12 @@ def profile(call: Callable[[], Any]) -> None:
     print(found.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60))
 
 
-def summary(found: dict[str, Any], rows: int, tokens: int, response: int, operations: int) -> dict[str, Any]:
+def summary(found: dict[str, Any], way: str, rows: int, tokens: int, response: int, operations: int) -> dict[str, Any]:
     """Turn seconds into rates and shares.
 
     Args:
-        found: from `measure`.
+        found: from `measure`, of one way.
+        way: its name.
         rows: number of rows.
         tokens: all tokens.
         response: tokens with a loss.
@@ -199,9 +233,9 @@ def summary(found: dict[str, Any], rows: int, tokens: int, response: int, operat
         JSON values.
     """
     seconds = found["seconds"]
-    passes = {name: values for name, values in seconds.items() if name not in (SCORING, FLOOR)}
+    passes = {name: values for name, values in seconds.items() if name not in (way, FLOOR)}
     best = min(passes, key=lambda name: statistics.median(passes[name]))
-    scoring = seconds[SCORING]
+    scoring = seconds[way]
     over = [a / b for a, b in zip(scoring, passes[best], strict=True)]
     share = [b / a for a, b in zip(scoring, seconds[FLOOR], strict=True)]
     middle, least = statistics.median(scoring), min(scoring)
@@ -232,9 +266,11 @@ def parse() -> tuple[argparse.Namespace, Path]:
     parser.add_argument("--direction", type=Path, default=None, help="a saved dense one, instead of one from probes")
     parser.add_argument("--norms", action=switch, default=False, help="also each row's gradient norm")
     parser.add_argument("--compile", action=switch, default=False, help="Scorer's option, where it has it")
+    parser.add_argument("--ways", action="store_true", help="hooks and compiled, without and with norms, in turns")
     parser.add_argument("--checkpoint", action=switch, default=False, help="Scorer's option, where it has it")
     parser.add_argument("--compiled-forward", action=switch, default=True, help="a torch.compile'd forward pass too")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=None, help="seconds after which no further round begins")
     parser.add_argument("--profile", action="store_true", help="print torch.profiler's top operations of scoring")
     parser.add_argument("--results", default="end_to_end", help="name of the file in benchmarks/results, or a path")
     options = parser.parse_args()
@@ -253,9 +289,25 @@ def main() -> None:
     tokens, response = tokens_of(rows)
     direction = made(model, tokenizer, options)
     batches = batches_of(rows, options.batch_tokens)
-    found = measure(model, direction, batches, options)
-    result = summary(found, len(rows), tokens, response, floor.operations(model, tokens, response))
+    ways = ways_to_score(options)
     print(f"{len(rows)} rows, {tokens} tokens, {response} with a loss, {len(batches)} batches, {options.dtype}")
+    for way, found in measure(model, direction, batches, ways, options).items():
+        result = summary(found, way, len(rows), tokens, response, floor.operations(model, tokens, response))
+        tell(way, found, result)
+        counts = {"rows": len(rows), "tokens": tokens, "response_tokens": response, "batches": len(batches)}
+        about = {**surroundings(vars(ways[way])), **counts, "residual": direction.residual}
+        append(options.results, {**about, **found, **result})
+
+
+def tell(way: str, found: dict[str, Any], result: dict[str, Any]) -> None:
+    """Print what one way to score came to.
+
+    Args:
+        way: its name.
+        found: from `measure`.
+        result: from `summary`.
+    """
+    print(f"== {way}")
     for name in ("rows_per_s", "tokens_per_s", "response_tokens_per_s"):
         print(f"{name:24s} {result[name]['median']:8.1f}  ({result[name]['best']:.1f})")
     for name, rate in result["forward_tokens_per_s"].items():
@@ -269,9 +321,6 @@ def main() -> None:
     print(f"floor: {result['floor_flop'] / 1e9:.0f} GFLOP at {result['floor_flop_per_s'] / 1e9:.0f} GFLOP/s")
     if found["extra_mib"] is not None:
         print(f"memory above the loaded model and direction: {found['extra_mib']:.0f} MiB")
-    counts = {"rows": len(rows), "tokens": tokens, "response_tokens": response, "batches": len(batches)}
-    about = {**surroundings(vars(options)), **counts, "residual": direction.residual}
-    append(options.results, {**about, **found, **result})
 
 
 if __name__ == "__main__":

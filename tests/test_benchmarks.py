@@ -109,6 +109,17 @@ def test_end_to_end(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     assert str(tmp_path) not in line
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and all of it would run")
+def test_without_a_gpu_its_benchmarks_say_so() -> None:
+    done = run("bench_gpu.py")
+    assert (done.returncode, done.stdout.count("\n")) == (2, 1)
+    assert "no GPU on this machine" in done.stdout
+
+
+def test_the_cost_model_is_what_its_script_prints() -> None:
+    assert run("cost_model.py").stdout == (ROOT / "benchmarks" / "COST_MODEL.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_peers_side_by_side(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     toys = [f"toy_peers:{name}" for name in ("Sound", "Raises", "NeedsSmallBatches", "Dies")]

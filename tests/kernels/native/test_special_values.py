@@ -51,6 +51,35 @@ def test_directions_of_any_magnitude(size: float, columns: int, dtype: torch.dty
     project(a, q, isa)
 
 
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("pieces", [False, True], ids=["columns", "pieces"])
+@pytest.mark.parametrize("width", [70, 192, 300])
+@pytest.mark.parametrize("size", [1e-39, 1e-37, 1e-30, 1e-10, 1e10, 1e30, 1e36])
+def test_sixteen_bit_factors_of_any_magnitude(size: float, width: int, pieces: bool, isa: int) -> None:
+    torch.manual_seed(0)
+    a, q = torch.randn(TOKENS, width).sign() * torch.rand(TOKENS, width).add(0.2), torch.randn(width, 37).clamp(-1, 1)
+    a[37] *= min(size, 1.0)  # large on both sides would be no float32 number
+    a[3, 5] *= min(size, 1.0)
+    q[:, 3] *= size  # a whole column
+    q[7, 5] *= size  # one number among others
+    q[:, 6] = 0
+    a, q = a.bfloat16(), q.bfloat16()
+    project(a, q.T.contiguous().T if pieces else q, isa)
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("pieces", [False, True], ids=["columns", "pieces"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_in_sixteen_bit_factors_stays_in_its_place(value: float, pieces: bool, isa: int) -> None:
+    torch.manual_seed(0)
+    a, q = torch.randn(TOKENS, WIDTH).abs().bfloat16() + 1, torch.randn(WIDTH, 37).abs().bfloat16() + 1
+    a[37, 5], q[7, 3] = value, value
+    out = lowrank_project(a, q.T.contiguous().T if pieces else q, isa=isa)
+    truth = a.double() @ q.double()
+    assert torch.equal(out.isfinite(), truth.isfinite())
+    assert torch.equal(out.isnan(), truth.isnan())
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
