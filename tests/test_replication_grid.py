@@ -120,7 +120,7 @@ def test_the_grid_runs_and_goes_on(
 
     start, results = tmp_path / "starts" / "tiny", tmp_path / "grid"
     shutil.copytree(tiny_model, start)
-    monkeypatch.setattr(run, "QUICK", dataclasses.replace(run.QUICK, benign=24, attacks=3, held_out=4))
+    monkeypatch.setattr(run, "QUICK", dataclasses.replace(run.QUICK, benign=32, attacks=3, held_out=4))
     monkeypatch.setattr(sys, "argv", [str(SCRIPTS / "run.py")])
     paths = ["--data", str(shared_data), "--starts", str(start), "--work", str(tmp_path / "work")]
     options = [*paths, "--quick", "--results", str(results), "--threads", "1"]

@@ -92,7 +92,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_files(
     out = tmp_path / "run"
     process = start(out)
     err = stop_after_some_parts(process, out, number)
-    assert process.returncode == code
+    assert process.returncode == code, err
     assert "Traceback" not in err
     if line is not None:
         assert err.splitlines()[-1] == line
