@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer.save_pretrained(options.out)
         (options.out / "align.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if options.record:
-        append("starts", {**surroundings({"threads": options.threads}), **record})
+        append("starts", {**record, **surroundings({"threads": options.threads})})
     return 0
 
 

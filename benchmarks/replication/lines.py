@@ -13,8 +13,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from record import RESULTS  # beside this folder, not installed
 
 
+def recorded(name: str) -> list[dict[str, Any]]:
+    """Read what was recorded so far.
+
+    Args:
+        name: of the results file, without its ending.
+
+    Returns:
+        Its lines, none if there is no file; a last one that was cut off by a crash is left out.
+    """
+    path = RESULTS / f"{name}.jsonl"
+    found = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in found if line.endswith("\n")]
+
+
 def lines(name: str) -> list[dict[str, Any]]:
-    """Read a results file.
+    """Read a results file that must be there.
 
     Args:
         name: without its ending.
@@ -23,12 +37,11 @@ def lines(name: str) -> list[dict[str, Any]]:
         Its lines.
 
     Raises:
-        InputError: it is not there.
+        InputError: there is nothing in it, or no file.
     """
-    path = RESULTS / f"{name}.jsonl"
-    if not path.is_file():
-        raise InputError(f"{path.name}: not there yet")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if not (found := recorded(name)):
+        raise InputError(f"{name}.jsonl: not there yet")
+    return found
 
 
 def last(name: str, **wanted: Any) -> dict[str, Any]:

@@ -13,7 +13,6 @@ folder `--work`, which may be deleted.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -25,29 +24,16 @@ import torch
 from cells import Cell, Sizes, Start, cell_fingerprint, load, run_cell
 from data import check_disjoint, corpus
 from grid import SECTIONS, cells
+from lines import recorded
 from methods import METHODS
 
 from gradshield_fast.errors import GradShieldError, InputError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from record import RESULTS, append, surroundings  # beside this folder, not installed
+from record import append, surroundings  # beside this folder, not installed
 
 QUICK_ARMS = (("margin-cosine", "separated"), ("distance", "outliers"), ("none", "nothing"), ("oracle", "top"))
 QUICK = Sizes(benign=80, epochs=1, lr=2e-4, attacks=16, held_out=32)
-
-
-def read_results(name: str) -> list[dict[str, Any]]:
-    """Read the lines of earlier runs.
-
-    Args:
-        name: of the results file.
-
-    Returns:
-        The lines; a last one that was cut off by a crash is left out.
-    """
-    path = RESULTS / f"{name}.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def wanted(options: argparse.Namespace) -> list[Cell]:
@@ -137,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     begin, todo = time.perf_counter(), wanted(options)
     for number, (cell, start) in enumerate(each_start(todo, options.starts)):
         rows = corpus(folder, cell.task, cell.harm, cell.seed, sizes.benign)
-        lines = read_results(results)  # each time: another process may work on other sections
+        lines = recorded(results)  # each time: another process may work on other sections
         if cell_fingerprint(cell, sizes, start.fingerprint, rows) in {line["fingerprint"] for line in lines}:
             continue
         if options.budget is not None and time.perf_counter() - begin > 60 * options.budget:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +192,42 @@ def utility(line: dict[str, Any]) -> tuple[str, float]:
     return name, measured[name]
 
 
+def by_level(start: str, arms: Mapping[str, tuple[str, str]], cell: Callable[[list[dict[str, Any]]], str]) -> str:
+    """Lay out arms against levels of harm on the grid's first task, levels without any difference left out.
+
+    Args:
+        start: name of the start.
+        arms: head of a column -> method and rule.
+        cell: lines of all seeds -> what the cell says.
+
+    Returns:
+        The table.
+    """
+    groups = cells_of(start)
+    rows = []
+    for harm in HARM:
+        found = [groups.get(("banking77", harm, *arm)) for arm in arms.values()]
+        row = [cell(some) if some else "-" for some in found]
+        if len(set(row)) > 1:
+            rows.append([harm, *row])
+    return table(["harm", *arms], rows)
+
+
+def all_attacks(some: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """Count answered attacks over seeds.
+
+    Args:
+        some: lines of a cell, one a seed.
+
+    Returns:
+        How many of how many.
+    """
+    hits, count = np.sum([attacks(line) for line in some], 0)
+    return int(hits), int(count)
+
+
 def headline(start: str) -> str:
-    """Attack success by level and arm on the grid's first task, all seeds together, with its interval.
+    """Attack success with its interval, the task's measure and the loss, by level and arm.
 
     Args:
         start: name of the start.
@@ -201,26 +235,16 @@ def headline(start: str) -> str:
     Returns:
         The table.
     """
-    groups = cells_of(start)
-    shown = [arm for arm in ARMS if any(key[2:] == arm for key in groups)]
-    rows = []
-    for harm in HARM:
-        row = [harm]
-        for arm in shown:
-            some = groups.get(("banking77", harm, *arm), [])
-            if not some:
-                row.append("-")
-                continue
-            hits, count = np.sum([attacks(line) for line in some], 0)
-            low, high = wilson(int(hits), int(count))
-            row.append(
-                f"{100 * hits / count:.1f} ({100 * low:.0f} to {100 * high:.0f}); "
-                f"{np.mean([utility(line)[1] for line in some]):.3f}; "
-                f"{np.mean([line['outcome']['utility']['loss'] for line in some]):.3f}"
-            )
-        if len(set(row[1:])) > 1:
-            rows.append(row)
-    return table(["harm", *(f"{method}, {rule}" for method, rule in shown)], rows)
+
+    def cell(some: list[dict[str, Any]]) -> str:
+        hits, count = all_attacks(some)
+        low, high = wilson(hits, count)
+        useful, loss = (
+            np.mean(v) for v in zip(*((utility(x)[1], x["outcome"]["utility"]["loss"]) for x in some), strict=True)
+        )
+        return f"{100 * hits / count:.1f} ({100 * low:.0f} to {100 * high:.0f}); {useful:.3f}; {loss:.3f}"
+
+    return by_level(start, {f"{method}, {rule}": (method, rule) for method, rule in ARMS}, cell)
 
 
 BRIEF = {
@@ -233,7 +257,7 @@ BRIEF = {
 
 
 def brief(start: str) -> str:
-    """Attack success in % and exact match of the arms that matter to a user, all seeds together.
+    """Attack success in % and the task's measure, of the arms that matter to a user.
 
     Args:
         start: name of the start.
@@ -241,18 +265,12 @@ def brief(start: str) -> str:
     Returns:
         The table.
     """
-    groups = cells_of(start)
-    rows = []
-    for harm in HARM:
-        row = [harm]
-        for arm in BRIEF.values():
-            some = groups.get(("banking77", harm, *arm), [])
-            hits, count = np.sum([attacks(line) for line in some], 0) if some else (0, 0)
-            useful = np.mean([utility(line)[1] for line in some]) if some else 0.0
-            row.append(f"{100 * hits / count:.1f}; {useful:.3f}" if some else "-")
-        if len(set(row[1:])) > 1:
-            rows.append(row)
-    return table(["planted, % of the corpus", *BRIEF], rows)
+
+    def cell(some: list[dict[str, Any]]) -> str:
+        hits, count = all_attacks(some)
+        return f"{100 * hits / count:.1f}; {np.mean([utility(line)[1] for line in some]):.3f}"
+
+    return by_level(start, BRIEF, cell)
 
 
 def outcomes(start: str) -> str:
