@@ -62,6 +62,12 @@ struct Kernels {
   // out[i, j] = sum_{t < tokens} left[t, i] right[t, j] for i in [first, last); rows of `right` are padded to panels
   void (*outer)(const float* left, int64_t left_ld, const float* right, int64_t right_ld, int64_t tokens, int64_t first,
                 int64_t last, int64_t cols, float* out, int64_t out_ld);
+
+  // block[t - first, u - column] = x[t] . x[u] for t in [first, last) and u in [column, column + width), u <= t, of a
+  // bfloat16 x whose columns lie side by side; what else is in the block may be anything. Numbers and sums below 2^-126
+  // count as zero. `ld` and the block's rows are multiples of 4. Null where no instruction does it better than product.
+  void (*gram)(const Matrix& x, int64_t first, int64_t last, int64_t column, int64_t width, float* block,
+               int64_t ld) = nullptr;
 };
 
 constexpr int64_t kScratchFloats = 16384;  // what `scratch` must hold

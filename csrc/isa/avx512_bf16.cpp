@@ -1,6 +1,7 @@
 // The kernels for AVX-512 with products of bfloat16 pairs and no matrix unit; see setup_native.py for this file's
 // flags.
 #define GSF_ISA avx512_bf16
+#include "common/grams.h"
 #include "common/pairs.h"
 #include "common/rows.h"
 
@@ -18,6 +19,7 @@ const Kernels kAvx512Bf16 = {
     avx512_bf16::dot,
     avx512_bf16::scale_dots,
     avx512_bf16::outer,
+    avx512_bf16::gram,
 };
 
 }  // namespace gsf

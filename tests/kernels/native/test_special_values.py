@@ -7,6 +7,7 @@ import torch
 
 from gradshield_fast.ops.ghost_dot.kernel_native import ghost_dot
 from gradshield_fast.ops.ghost_dot_lowrank.kernel_native import lowrank_project
+from gradshield_fast.ops.ghost_norm_sq import reference
 from gradshield_fast.ops.ghost_norm_sq.kernel_native import ghost_inner
 from tests.kernels.native.calls import isas, needs_native
 from tests.ops.cases import BOUND
@@ -133,3 +134,17 @@ def test_a_broken_token_breaks_its_own_terms_only(isa: int) -> None:
     assert u.isnan().nonzero()[:, 0].tolist() == [11]
     norms = ghost_inner(g, a, g, a, torch.tensor([0, 10, 20, TOKENS]), isa=isa)
     assert norms.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("small", ["a", "g"])
+def test_norms_of_rows_whose_products_are_subnormal(small: str, isa: int) -> None:
+    torch.manual_seed(0)
+    a, g = torch.randn(TOKENS, WIDTH) * 3e-20, torch.randn(TOKENS, 40) * 1e10
+    a, g = (a.bfloat16(), g.bfloat16()) if small == "a" else (g.bfloat16(), a.bfloat16())
+    cu = torch.tensor([0, 10, 10, 15, TOKENS])
+    norms = ghost_inner(g, a, g, a, cu, isa=isa).double()
+    truth = reference.ghost_inner(g.double(), a.double(), g.double(), a.double(), cu)
+    scale = reference.ghost_inner(*[x.double().abs() for x in (g, a, g, a)], cu)
+    assert ((norms - truth).abs() <= BOUND * scale).all()
+    assert (norms > 0).tolist() == [True, False, True, True]
