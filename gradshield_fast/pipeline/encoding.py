@@ -239,15 +239,18 @@ def pick_workers(wanted: int | None, units: int, on_gpu: bool) -> int:
 
 @contextlib.contextmanager
 def _no_interrupt() -> Iterator[None]:
-    """Let a process that is started here begin without Ctrl-C, which is for its parent alone."""
-    if threading.current_thread() is not threading.main_thread():
+    """Let a process that is started here begin without Ctrl-C, which is for its parent alone.
+
+    The signal is held back, not ignored: one that comes meanwhile interrupts the parent when this ends.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _worker: tuple[UnitReader, ChatEncoder] | Exception

@@ -17,6 +17,7 @@ import pytest
 from tiny import corpus
 
 from gradshield_fast.chat import ChatEncoder
+from gradshield_fast.corpus_files import find_files
 from gradshield_fast.errors import InputError, ScoringError
 from gradshield_fast.loading import load_tokenizer
 from gradshield_fast.pipeline.encoding import Encoding, pick_workers
@@ -49,8 +50,6 @@ def test_worker_processes_change_no_byte(asked: RunOptions, tmp_path: Path, work
 
 def test_a_worker_process_that_dies_is_one_line(asked: RunOptions) -> None:
     encoder = ChatEncoder(load_tokenizer(asked.model.name))
-    from gradshield_fast.corpus_files import find_files
-
     units = cut_units(find_files(asked.corpus.path), 10**6, 8, lambda _: None)
     with Encoding(asked.corpus, asked.model, encoder, workers=1) as encoding:
         encoding.take(units[0], units[1:])
@@ -59,6 +58,19 @@ def test_a_worker_process_that_dies_is_one_line(asked: RunOptions) -> None:
             os.kill(pid, signal.SIGKILL)
         with pytest.raises(ScoringError, match="ahead died"):
             [encoding.take(unit) for unit in units[1:]]
+
+
+def test_ctrl_c_is_not_lost_while_a_unit_is_handed_to_a_process(
+    asked: RunOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units = cut_units(find_files(asked.corpus.path), 10**6, 8, lambda _: None)
+    encoder = ChatEncoder(load_tokenizer(asked.model.name))
+    with Encoding(asked.corpus, asked.model, encoder, workers=1) as encoding:
+        assert encoding._pool is not None
+        monkeypatch.setattr(encoding._pool, "submit", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            encoding.begin(units)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_a_corpus_that_changes_under_the_run_is_noticed_in_a_worker_process(asked: RunOptions) -> None:
