@@ -16,6 +16,7 @@ import torch
 from gradshield_fast import Direction, Scorer
 from gradshield_fast.chat import ChatEncoder, Encoded
 from gradshield_fast.errors import InputError
+from gradshield_fast.heap import keep_freed_memory
 from gradshield_fast.loading import load_model, load_tokenizer
 from gradshield_fast.lowrank import LowRank
 from gradshield_fast.packing import Batch, pack
@@ -154,6 +155,7 @@ def open_model(name: str, dtype: str, threads: int | None = None) -> tuple[Any, 
     Returns:
         The model and its tokenizer.
     """
+    keep_freed_memory()  # as the program does
     if threads is not None:
         torch.set_num_threads(threads)
     if name == RANDOM:

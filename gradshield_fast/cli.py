@@ -29,6 +29,7 @@ from gradshield_fast.console import (
 )
 from gradshield_fast.corpus import MAX_ROW_BYTES
 from gradshield_fast.errors import InputError
+from gradshield_fast.heap import keep_freed_memory
 from gradshield_fast.pipeline.options import (
     CorpusOptions,
     CutOptions,
@@ -383,6 +384,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     Settings.debug = "--debug" in given
     catch_sigterm()
+    keep_freed_memory()
     try:
         app(args=[argument for argument in given if argument != "--debug"], prog_name="gradshield-fast")
     except KeyboardInterrupt:

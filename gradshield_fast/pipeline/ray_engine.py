@@ -16,6 +16,7 @@ from typing import Any
 
 from gradshield_fast import storage
 from gradshield_fast.errors import GradShieldError, InputError, ScoringError
+from gradshield_fast.heap import keep_freed_memory
 from gradshield_fast.pipeline.encoding import pick_workers
 from gradshield_fast.pipeline.folder import RunFolder
 from gradshield_fast.pipeline.manifest import read_manifest
@@ -50,6 +51,7 @@ class Actor:
         Raises:
             InputError: the folder of the run is not to be seen here.
         """
+        keep_freed_memory()
         folder = RunFolder(self._options.out)
         manifest = read_manifest(folder)
         if manifest is None:
