@@ -69,6 +69,27 @@ def test_sixteen_bit_factors_of_any_magnitude(size: float, width: int, pieces: b
 
 
 @pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("width", [70, 192, 300])
+@pytest.mark.parametrize("size", [1e20, 1e30, 1e36])
+def test_large_rows_on_sixteen_bit_columns_that_are_scaled_up(size: float, width: int, isa: int) -> None:
+    torch.manual_seed(0)
+    a, q = torch.randn(TOKENS, width).clamp(-1, 1), torch.randn(width, 37).clamp(-1, 1)
+    a[37] *= size  # the scale of a column would make its products infinite
+    a[3, 5] *= size
+    project(a.bfloat16(), q.bfloat16(), isa)
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_a_sixteen_bit_column_of_magnitudes_far_apart(isa: int) -> None:
+    torch.manual_seed(0)
+    a, q = torch.randn(TOKENS, WIDTH), torch.randn(WIDTH, 37)
+    q[:, 5] *= 1e-30
+    q[7, 5] = 1e30  # no scale of the column keeps both
+    a[:, 7] = 0
+    project(a.bfloat16(), q.bfloat16(), isa)
+
+
+@pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("pieces", [False, True], ids=["columns", "pieces"])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_what_is_not_finite_in_sixteen_bit_factors_stays_in_its_place(value: float, pieces: bool, isa: int) -> None:
