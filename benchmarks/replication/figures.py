@@ -38,8 +38,8 @@ from thresholds import SHARES, draw, over_tasks
 from gradshield_fast.errors import InputError
 
 COLOURS = {"benign": "#9aa5b1", "open": "#c0392b", "disguised": "#8e44ad"}
-LINES = ("#555555", "#c0392b", "#1f6fb2", "#2e8b57", "#d98200", "#8e44ad")
-MARKS = ("o", "s", "^", "D", "v", "P")
+LINES = ("#555555", "#c0392b", "#1f6fb2", "#2e8b57", "#d98200", "#8e44ad", "#17a2b8", "#111111", "#b5651d")
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "p")
 
 
 def save(figure: Any, folder: Path, name: str) -> None:
@@ -152,7 +152,7 @@ def rules(start: str, method: str) -> Any:
     ]
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     for k, name in enumerate(names):
-        style: dict[str, Any] = {"color": f"C{k}", "marker": (*MARKS, "X", "*", "p")[k], "ms": 5, "label": name}
+        style: dict[str, Any] = {"color": f"C{k}", "marker": MARKS[k], "ms": 5, "label": name}
         axes[0].plot([100 * s for s in SHARES], [100 * t[name][0] for t in tables], **style)
         axes[1].plot([100 * s for s in SHARES[1:]], [100 * t[name][2] for t in tables[1:]], **style)
     axes[0].set_ylabel("benign rows removed, %")
@@ -198,14 +198,14 @@ def outcome(start: str, value: Callable[[dict[str, Any]], float], label: str, ta
     figure, axis = plt.subplots(figsize=(6, 3.8))
     for k, (arm, levels) in enumerate(curves.items()):
         at = sorted(levels)
-        style: dict[str, Any] = {"color": LINES[k % 6], "marker": MARKS[k % 6], "ms": 5}
+        style: dict[str, Any] = {"color": LINES[k % len(LINES)], "marker": MARKS[k % len(MARKS)], "ms": 5}
         axis.plot(at, [float(np.mean(levels[x])) for x in at], label=arm, **style)
         axis.fill_between(
-            at, [min(levels[x]) for x in at], [max(levels[x]) for x in at], alpha=0.15, color=LINES[k % 6]
+            at, [min(levels[x]) for x in at], [max(levels[x]) for x in at], alpha=0.15, color=style["color"]
         )
     axis.set_xlabel("openly harmful rows in the corpus, %")
     axis.set_ylabel(label)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     axis.set_title(f"{task}, start {start}: mean and range over seeds", fontsize=10)
     return figure
 
