@@ -103,10 +103,10 @@ double total_of(const Token* tokens, int64_t count) {
   return total;
 }
 
-// Whether `gram` counted nothing as zero that matters. An element of X = x x^T is off by at most e = tiny d (1 + 2 |x|),
-// tiny = 2^-126 and |x| the longest row; |X[t, u]| adds up to at most `tokens` times X's trace. So left * right is off
-// by at most e_l (tokens trace_r) + e_r (tokens trace_l) + tokens^2 e_l e_r, which is held against eps of the diagonal's
-// products alone. False for a sum that is not a number, too.
+// Whether `gram` counted nothing as zero that matters. An element of X = x x^T is off by at most e = tiny d (1 + 2
+// |x|), tiny = 2^-126 and |x| the longest row; |X[t, u]| adds up to at most `tokens` times X's trace. So left * right
+// is off by at most e_l (tokens trace_r) + e_r (tokens trace_l) + tokens^2 e_l e_r, which is held against eps of the
+// diagonal's products alone. False for a sum that is not a number, too.
 bool nothing_lost(const Token* tokens, int64_t count, int64_t left_width, int64_t right_width) {
   double traces[2] = {0.0, 0.0}, longest[2] = {0.0, 0.0}, diagonal = 0.0, off[2];
   for (int64_t t = 0; t < count; ++t) {
