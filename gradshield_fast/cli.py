@@ -286,7 +286,7 @@ def run_demo(
 def examine_machine(
     prefer: Annotated[
         list[str] | None,
-        typer.Option("--prefer", help="OP=BACKEND or attention=NAME: what is taken where it can run."),
+        typer.Option("--prefer", help="OP=BACKEND, attention=NAME or linear=NAME: what is taken where it can run."),
     ] = None,
     clear: Annotated[bool, typer.Option("--clear-measurements", help="Forget what was fastest or preferred.")] = False,
 ) -> int:

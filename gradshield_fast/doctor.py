@@ -130,28 +130,29 @@ def op_backends() -> Facts:
 
 
 def prefer_backends(choices: Sequence[str], *, clear: bool = False) -> None:
-    """Keep what `auto` should take for an op, or which attention a model should run with, and forget what was kept.
+    """Keep what `auto` should take for an op, which attention or products a model runs with, and forget what was kept.
 
     Args:
-        choices: "op=backend" or "attention=name" each.
+        choices: "op=backend", "attention=name" or "linear=name" each.
         clear: forget every measurement and preference first.
 
     Raises:
         InputError: a choice is not of that form, or the cache folder cannot be written.
         BackendUnavailable: the op has no such backend.
     """
-    from gradshield_fast import attention_race
+    from gradshield_fast import attention_race, products
     from gradshield_fast.ops import dispatch, measured
 
+    ways = {attention_race.OP: attention_race.NAMES, products.OP: products.NAMES}
     pairs = [choice.partition("=")[::2] for choice in choices]
     for op, backend in pairs:
-        if op == attention_race.OP:
-            if backend not in attention_race.NAMES:
-                raise InputError(f"--prefer {op}=NAME takes {', '.join(attention_race.NAMES)}: got {backend!r}")
+        if op in ways:
+            if backend not in ways[op]:
+                raise InputError(f"--prefer {op}=NAME takes {', '.join(ways[op])}: got {backend!r}")
         elif op in dispatch.available():
             dispatch.resolve(op, backend)
         else:
-            known = ", ".join([attention_race.OP, *dispatch.available()])
+            known = ", ".join([*ways, *dispatch.available()])
             raise InputError(f"--prefer takes OP=BACKEND, OP one of {known}: got {op!r}")
     if clear:
         measured.clear()
@@ -160,7 +161,7 @@ def prefer_backends(choices: Sequence[str], *, clear: bool = False) -> None:
 
 
 def measured_backends() -> Facts:
-    """Say what `auto` takes by measurement or by preference, and which attention.
+    """Say what `auto` takes by measurement or by preference, which attention and whose products.
 
     Returns:
         Op, device and shapes -> the backend and the milliseconds of each; empty where nothing is kept.

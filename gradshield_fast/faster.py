@@ -6,23 +6,27 @@ from dataclasses import replace
 
 import torch
 
-from gradshield_fast import attention, attention_race
+from gradshield_fast import attention, attention_race, products
 from gradshield_fast.calibrate import Calibration
 from gradshield_fast.head_loss import find_head
 from gradshield_fast.losses import Call
 from gradshield_fast.plan import Plan
 
 
-def faster_call(model: torch.nn.Module, plan: Plan, calibration: Calibration) -> tuple[Call, dict[str, str]]:
+def faster_call(
+    model: torch.nn.Module, plan: Plan, calibration: Calibration, *, compiled: bool = False
+) -> tuple[Call, dict[str, str]]:
     """Find the fastest way to call a model that scores right.
 
     Args:
         model: the model, frozen and in evaluation mode.
         plan: its settled plan, which is changed where the head is fused.
         calibration: the trial that settled it.
+        compiled: the layers will be compiled, with torch's own products.
 
     Returns:
-        The call, and for "head", "attention" and "packing" what was taken, with the reason where it is the plain way.
+        The call, and for "head", "attention" and "packing" what was taken, with the reason where it is the plain way;
+        "products" where they are ours.
     """
     ways: dict[str, str] = {}
     if plan.context.dtype == torch.float64:
@@ -36,7 +40,20 @@ def faster_call(model: torch.nn.Module, plan: Plan, calibration: Calibration) ->
     if reason is None:
         reason = calibration.why_not(replace(call, packed=True))
     ways["packing"] = "packed" if reason is None else f"padded: {reason}"
-    return replace(call, packed=reason is None), ways
+    call = replace(call, packed=reason is None)
+    return (call if compiled else _with_products(model, plan, calibration, call, ways)), ways
+
+
+def _with_products(
+    model: torch.nn.Module, plan: Plan, calibration: Calibration, call: Call, ways: dict[str, str]
+) -> Call:
+    used = {use.split(" @ ")[0] for uses in plan.methods().values() for use in uses}
+    if used - products.METHODS or not products.faster(model):
+        return call
+    ours = replace(call, products=True)
+    reason = calibration.why_not(ours)
+    ways["products"] = "ours: measured faster here, or preferred" if reason is None else f"own: {reason}"
+    return ours if reason is None else call
 
 
 def _with_head(model: torch.nn.Module, plan: Plan, calibration: Calibration) -> tuple[Call, str | None]:

@@ -45,6 +45,7 @@ class Call:
         attention: name of the attention that stands in for the model's own: ours (attention.py), "sdpa" or "eager";
             None: its own.
         packed: rows in one line without padding, kept apart by our attention.
+        products: large float32 linear layers by our products (products.py).
     """
 
     positions: bool
@@ -53,11 +54,12 @@ class Call:
     head: Head | None = None
     attention: str | None = None
     packed: bool = False
+    products: bool = False
 
     @property
     def plain(self) -> Call:
-        """The same call by the model's own means: its head, its attention, padded rows."""
-        return replace(self, head=None, attention=None, packed=False)
+        """The same call by the model's own means: its head, attention and products, padded rows."""
+        return replace(self, head=None, attention=None, packed=False, products=False)
 
 
 def row_losses(model: torch.nn.Module, batch: PaddedBatch, call: Call, terms: HeadTerms | None = None) -> torch.Tensor:

@@ -164,7 +164,8 @@ class Scorer:
     def ways(self) -> dict[str, str]:
         """How a batch is run, settled once one was scored: "head", "attention", "packing" and, if asked for, "compile".
 
-        What was not taken says why: "own logits: its output head has a bias".
+        "products" is there where those of linear layers are not torch's. What was not taken says why: "own logits: its
+        output head has a bias".
         """
         return dict(self._ways)
 
@@ -257,7 +258,7 @@ class Scorer:
             calibration = Calibration(self._plan, padded, self._call, token_scores=self.token_scores)
             self._call = calibration.call
             calibration.settle()
-            self._call, self._ways = faster_call(self.model, self._plan, calibration)
+            self._call, self._ways = faster_call(self.model, self._plan, calibration, compiled=self.compile)
             self._head = self._plan.head_rule()
             self._calibrated = True
             self._compiled = CompiledLayers(self.model, self._plan) if self.compile else None

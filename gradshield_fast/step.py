@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import torch
 
-from gradshield_fast import attention
+from gradshield_fast import attention, products
 from gradshield_fast.batches import PaddedBatch, packed_batch
 from gradshield_fast.capture import Capture
 from gradshield_fast.compiled import CompiledLayers
@@ -63,6 +63,8 @@ def run_step(
     try:
         with (
             attention.replaced(plan.model, call.attention) if call.attention else nullcontext(),
+            # compiled layers were traced without
+            products.replaced(plan.model) if call.products and compiled is None else nullcontext(),
             compiled.batch(batch, tally, packed=call.packed) if compiled is not None else nullcontext(),
             torch.enable_grad(),
         ):
