@@ -51,6 +51,7 @@ def save(figure: Any, folder: Path, name: str) -> None:
         name: of the file, without its ending.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    plt.rcParams["svg.hashsalt"] = name  # names of clip paths: the same file every time
     for ending in ("png", "svg"):
         about = {"Date": None} if ending == "svg" else None
         figure.savefig(folder / f"{name}.{ending}", dpi=130, bbox_inches="tight", metadata=about)
@@ -259,7 +260,10 @@ def claim(start: str) -> Any:
         ends = np.array([predicted.min(), predicted.max()])
         axis.plot(ends, ends, color="black", lw=0.8)
         step = f"sgd {rates[k]:g}"
-        axis.set_title(f"learning rate {rates[k]:g}: {line['claim']['refusal'][step]['dot']}", fontsize=9)
+        axis.set_title(
+            f"SGD, {rates[k]:g}: correlation {line['claim']['refusal'][step]['dot']['pearson']:.2f}", fontsize=9
+        )
+        axis.locator_params(nbins=5)
         axis.set_xlabel("FIHS times learning rate, nats a token")
     axes[0].set_ylabel("S before less S after one step on the row")
     axes[0].legend(fontsize=8)
