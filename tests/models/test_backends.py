@@ -24,7 +24,7 @@ def test_native_gives_the_reference_scores(
     if dtype == torch.bfloat16:
         # a fused head may round what it hands back differently on each backend, and a bfloat16 model carries that on:
         # with its own head and attention it gives both the same activations and gradients
-        monkeypatch.setattr(scorer, "faster_call", lambda model, plan, calibration: (calibration.call, {}))
+        monkeypatch.setattr(scorer, "faster_call", lambda model, plan, calibration, **_: (calibration.call, {}))
     model = make(name, torch.float32).to(dtype)
     direction, batch = direction_over(model), rows_of(LENGTHS)
     direction = direction if rank is None else direction.low_rank(rank=rank)

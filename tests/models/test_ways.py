@@ -24,7 +24,9 @@ OWN_ATTENTION = {"falcon", "bloom", "mamba", "mamba2"}
 COMPILED = sorted({"llama-tied", "qwen3", "gpt2"} & set(ZOO))
 
 
-def plain_call(model: torch.nn.Module, plan: Plan, calibration: Calibration) -> tuple[Call, dict[str, str]]:
+def plain_call(
+    model: torch.nn.Module, plan: Plan, calibration: Calibration, *, compiled: bool
+) -> tuple[Call, dict[str, str]]:
     """What `faster_call` is replaced by, to have a model run by its own means."""
     return calibration.call, {}
 
