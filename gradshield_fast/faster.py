@@ -48,7 +48,7 @@ def _with_products(
     model: torch.nn.Module, plan: Plan, calibration: Calibration, call: Call, ways: dict[str, str]
 ) -> Call:
     used = {use.split(" @ ")[0] for uses in plan.methods().values() for use in uses}
-    if used - products.METHODS or not products.faster(model):
+    if used - products.METHODS or not products.faster(model, plan.context.backend):
         return call
     ours = replace(call, products=True)
     reason = calibration.why_not(ours)

@@ -2,9 +2,10 @@
 
     y = x W^T + b,      dL/dx = dL/dy W       (W frozen, so that there is no dL/dW)
 
-Both are `lowrank_project` by the C++ kernels, whose float32 multiply-adds use all of AVX-512 wherever it is. Who is
-faster is measured once for a model's largest layer and kept on disk (measured.py); calibration still has to confirm
-the scores. 16-bit products stay torch's.
+Both are `lowrank_project`'s C++ kernel, whose float32 multiply-adds use all of AVX-512 wherever it is. Who is faster
+is measured once for a model's largest layer and kept on disk (measured.py), not for each shape as the ops' `auto` does:
+a row's score should not depend on how many tokens it was batched with. Calibration still has to confirm the scores.
+16-bit products stay torch's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from gradshield_fast.ops import measured
-from gradshield_fast.ops.ghost_dot_lowrank import lowrank_project
+from gradshield_fast.ops.ghost_dot_lowrank.kernel_native import lowrank_project
 from gradshield_fast.ops.native import extension
 
 OP = "linear"
@@ -43,12 +44,12 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.weight = weight
-        y = lowrank_project(x.reshape(-1, x.shape[-1]), weight.T, backend="native")
+        y = lowrank_project(x.reshape(-1, x.shape[-1]), weight.T)
         return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dx = lowrank_project(dy.reshape(-1, dy.shape[-1]), ctx.weight, backend="native")
+        dx = lowrank_project(dy.reshape(-1, dy.shape[-1]), ctx.weight)
         return dx.view(*dy.shape[:-1], ctx.weight.shape[1]), None, None
 
 
@@ -65,17 +66,18 @@ def _layers(model: nn.Module) -> list[nn.Linear]:
     ]
 
 
-def faster(model: nn.Module) -> bool:
+def faster(model: nn.Module, backend: str) -> bool:
     """Whether our products of the model's linear layers were measured faster than torch's, or are preferred.
 
     Args:
         model: the model.
+        backend: what the scorer was asked for: by any but "auto" and "native" these kernels are not to run.
 
     Returns:
         Whether to try them; no for a model without a large float32 layer on the CPU, and without the C++ kernels.
     """
     layers = _layers(model)
-    if extension is None or not layers:
+    if extension is None or not layers or backend not in ("auto", "native"):
         return False
     if (choice := measured.preferred(OP)) in NAMES:
         return choice == "native"
@@ -85,7 +87,7 @@ def faster(model: nn.Module) -> bool:
     x = torch.randn(TOKENS, weight.shape[1], generator=generator)
     calls = {
         "torch": partial(torch.mm, x, weight.T),
-        "native": partial(lowrank_project, x, weight.T, backend="native"),
+        "native": partial(lowrank_project, x, weight.T),
     }
     clock = measured.cpu_milliseconds
     return measured.fastest(OP, measured.processor(), [x, weight], calls, clock, alike=["torch"], gain=GAIN) == "native"

@@ -63,8 +63,7 @@ def run_step(
     try:
         with (
             attention.replaced(plan.model, call.attention) if call.attention else nullcontext(),
-            # compiled layers were traced without
-            products.replaced(plan.model) if call.products and compiled is None else nullcontext(),
+            products.replaced(plan.model) if call.products else nullcontext(),
             compiled.batch(batch, tally, packed=call.packed) if compiled is not None else nullcontext(),
             torch.enable_grad(),
         ):

@@ -32,7 +32,7 @@ def test_scores_and_norms_are_right(name: str) -> None:
         out, ways = it.score(rows_of(LENGTHS)), it.ways
         used = {use.split(" @ ")[0] for uses in it.methods.values() for use in uses}
     assert_right(out, name, model, direction)
-    if used <= products.METHODS and products.faster(model):
+    if used <= products.METHODS and products.faster(model, "auto"):
         assert ways["products"] == "ours: measured faster here, or preferred"
     else:
         assert "products" not in ways
@@ -67,14 +67,24 @@ def test_the_clock_decides(milliseconds: dict[str, float], taken: bool, monkeypa
         return milliseconds["torch" if call.func is torch.mm else "native"]
 
     monkeypatch.setattr(measured, "cpu_milliseconds", clock)
-    assert products.faster(make("llama", torch.float32)) is taken
+    assert products.faster(make("llama", torch.float32), "auto") is taken
+
+
+def test_a_backend_asked_for_by_name_is_what_runs() -> None:
+    measured.prefer("linear", "native")
+    model = make("llama", torch.float32)
+    with Scorer(model, direction_over(model), "reference") as it:
+        it.score(rows_of(LENGTHS))
+        assert "products" not in it.ways
+        # attention by rows has no other kernel on a CPU
+        assert {it.backends[op] for op in it.backends if op != "varlen_attention"} == {"reference"}
 
 
 def test_other_types_and_small_layers_stay_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
     measured.prefer("linear", "native")
-    assert not products.faster(make("llama", torch.bfloat16))
+    assert not products.faster(make("llama", torch.bfloat16), "auto")
     monkeypatch.setattr(products, "SMALL", 1 << 17)
-    assert not products.faster(make("llama", torch.float32))
+    assert not products.faster(make("llama", torch.float32), "auto")
 
 
 def test_wrong_products_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
