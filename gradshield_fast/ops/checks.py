@@ -35,7 +35,8 @@ def need_tensor(op: str, name: str, x: object) -> None:
     """
     if not isinstance(x, torch.Tensor):
         raise InputError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
-    if x.layout != torch.strided:
+    # dynamo does not let an autograd Function ask for it, and would cut the graph in two; what it traces is dense
+    if not torch.compiler.is_compiling() and x.layout != torch.strided:
         raise InputError(f"{op}: {name} must be dense, got {x.layout}; call to_dense() on it")
 
 

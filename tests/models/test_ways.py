@@ -106,11 +106,14 @@ def test_compiled_layers_score_right(name: str, norms: bool) -> None:
     model = make(name, torch.float32)
     dense = direction_over(model)
     direction = dense.low_rank(2) if norms else dense
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    breaks.clear()
     with Scorer(model, direction, norms=norms, compile=True) as it:
         out = it.score(rows_of(LENGTHS))
         alone = it.score(row(rows_of(LENGTHS), 2))
         ways = it.ways
     assert ways["compile"].startswith(f"{len(repeated_layers(model))} layers of ")
+    assert not breaks  # a layer and its scoring are one graph
     assert_right(out, name, model, direction)
     assert alone.dot[0] == pytest.approx(out.dot[2], abs=1e-5 * float(out.dot.abs().max()))
     if norms:
