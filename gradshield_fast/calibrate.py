@@ -193,13 +193,43 @@ class Calibration:
         want, spread = (torch.stack(list(x.values())) for x in (truth.dot, truth.spread))
         terms = torch.stack([tally.share(name)[1].cpu() for name in tally.by_weight or {}]).sum(0)
         bound = self.tolerance * (want.sum(0).abs() + spread.square().sum(0).sqrt()) + self.noise * terms
-        if not bool(((tally.dot.cpu() - want.sum(0)).abs() <= bound).all()):
+        agree = bool(((tally.dot.cpu() - want.sum(0)).abs() <= bound).all())
+        if not agree and (self._exact is None or not self._only_rounds(tally.dot.cpu(), self._exact)):
             return "a row's score differs"
         if tally.norm_sq is not None:
             norm = torch.stack(list(truth.norm_sq.values())).sum(0).sqrt()
             if not bool(((tally.norm_sq.cpu().sqrt() - norm).abs() <= self.tolerance * norm).all()):
                 return "a row's norm differs"
         return self._off(losses)
+
+    def foresee_rounding(self) -> None:
+        """Work out a 16-bit model's answer in float32 too, to tell rounding from a fault in `why_not_compiled`.
+
+        To be asked before anything of ours is in place on the model. Nothing is done where memory does not allow it.
+        """
+        if self.same == SAME_LOSS[torch.bfloat16] and self._room_for_float32():
+            self._in_float32()
+
+    def _in_float32(self) -> Truth:
+        if self._exact is None:
+            with widened(self.plan.model):
+                self._exact = autograd_truth(self.plan.model, self.plan.direction, self.batch, self.call)
+        return self._exact
+
+    def _room_for_float32(self) -> bool:
+        free = free_bytes(self.batch.input_ids.device)
+        return free is None or free >= extra_bytes(self.plan.model)
+
+    def _only_rounds(self, dot: torch.Tensor, exact: Truth) -> bool:
+        """Whether rows' scores are off float32's by at most `ROUNDING` times what the model's own way is off.
+
+        What its weights are off by adds up at random; their squares say how far that goes, where the few rows' own sums
+        may have come out near by chance.
+        """
+        off_by_weight = _stacked(self.truth.dot) - _stacked(exact.dot)
+        own = max(float(off_by_weight.square().sum()), float(off_by_weight.sum(0).square().sum()))
+        off = float((dot - _stacked(exact.dot).sum(0)).square().sum())
+        return off <= ROUNDING**2 * own
 
     def _off(self, losses: torch.Tensor) -> str | None:
         off = (losses.double().cpu() - self.truth.loss).abs() / (1 + self.truth.loss.abs())
@@ -238,14 +268,11 @@ class Calibration:
         that is left of it. So the way is tried on the same weights in float32, where rounding hides nothing, and its
         16-bit answer is held against float32's: it may be off by `ROUNDING` times as much as the model's own way is.
         """
-        free = free_bytes(self.batch.input_ids.device)
-        if free is not None and free < extra_bytes(self.plan.model):
+        if not self._room_for_float32():
             return None if self._agree_together(tally) else "its scores differ, and there is no memory for float32"
         try:
+            exact = self._in_float32()
             with widened(self.plan.model):
-                if self._exact is None:
-                    self._exact = autograd_truth(self.plan.model, self.plan.direction, self.batch, self.call)
-                exact = self._exact
                 _, wide = self._run(call)
         except (ScoringError, MethodFailed, RowAxisLost, InputError) as error:
             return f"in float32: {error}"

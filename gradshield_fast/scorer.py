@@ -261,6 +261,8 @@ class Scorer:
             self._call, self._ways = faster_call(self.model, self._plan, calibration, compiled=self.compile)
             self._head = self._plan.head_rule()
             self._calibrated = True
+            if self.compile:
+                calibration.foresee_rounding()
             self._compiled = CompiledLayers(self.model, self._plan) if self.compile else None
         self._hooks = ExitStack()
         compiled = {site.name for site in self._compiled.sites} if self._compiled is not None else set()

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from gradshield_fast import Direction, Scorer, attention, scorer
+from gradshield_fast import Direction, Scorer, attention, calibrate, scorer
 from gradshield_fast.calibrate import Calibration
-from gradshield_fast.errors import InputError
+from gradshield_fast.errors import InputError, ScoringError
 from gradshield_fast.losses import Call
+from gradshield_fast.matrix_rules import MatrixRule
 from gradshield_fast.ops.varlen_attention import varlen_attention
 from gradshield_fast.plan import Plan
 from gradshield_fast.repeated import repeated_layers
@@ -29,6 +30,17 @@ def plain_call(
 ) -> tuple[Call, dict[str, str]]:
     """What `faster_call` is replaced by, to have a model run by its own means."""
     return calibration.call, {}
+
+
+settle = Calibration.settle
+
+
+def settle_by_16_bits(it: Calibration) -> None:
+    """Settle by the bounds of float16, and then go on by those that a test set."""
+    bounds = it.tolerance, it.noise
+    it.tolerance, it.noise = calibrate.TOLERANCE[torch.float16] * 4, calibrate.NOISE[torch.float16] * 4
+    settle(it)
+    it.tolerance, it.noise = bounds
 
 
 def assert_right(out: scorer.Scores, name: str, model: torch.nn.Module, direction: Direction) -> None:
@@ -120,6 +132,29 @@ def test_compiled_layers_score_right(name: str, norms: bool) -> None:
         assert out.norm is not None
         want = [row_truth(model, direction, row(rows_of(LENGTHS), n)).norm for n in range(len(LENGTHS))]
         assert out.norm.tolist() == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.filterwarnings("ignore")  # the compiler's own, which differ by version
+def test_compiled_layers_of_a_16_bit_model_may_round_but_not_be_wrong(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a bound that rounding alone exceeds, as it does in a deep model
+    monkeypatch.setitem(calibrate.TOLERANCE, torch.bfloat16, 1e-6)
+    monkeypatch.setitem(calibrate.NOISE, torch.bfloat16, 1e-6)
+    monkeypatch.setattr(Calibration, "settle", settle_by_16_bits)
+    model = make("llama-tied", torch.bfloat16)
+    direction = direction_over(model)
+    if wrong:
+        terms = MatrixRule.terms
+        monkeypatch.setattr(MatrixRule, "terms", lambda *args: terms(*args) * 1.2)
+    with Scorer(model, direction, compile=True) as it:
+        if wrong:
+            with pytest.raises(ScoringError, match="a row's score differs"):
+                it.settle(rows_of(LENGTHS))
+        else:
+            it.settle(rows_of(LENGTHS))
+            assert it.ways["compile"].startswith("2 layers")
 
 
 def test_compile_says_which_weight_it_cannot_see_through() -> None:
