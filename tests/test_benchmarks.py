@@ -67,6 +67,7 @@ def test_the_floor_multiplies_every_linear_layer_once_a_pass(tiny_model: Path, d
     assert counter.get_total_flops() == floor.operations(model, *tokens_of(rows))
 
 
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # of torch.compile's imports, where no test came first
 def test_forward_passes_agree(tiny_model: Path, data: Path) -> None:
     model, tokenizer = open_model(str(tiny_model), "float32")
     batches = batches_of(read_rows(data, tokenizer, 6, 64), 128)
