@@ -90,9 +90,9 @@ class CompiledLayers:
         Yields:
             Nothing.
         """
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_cache()))
         kinds = {layer: _compiled_kind(type(layer)) for layer in self.layers.values()}
         with (
+            _kept_code(),
             torch._dynamo.config.patch(recompile_limit=SHAPES, accumulated_recompile_limit=16 * SHAPES),
             tapped(self.sites, self._carrier),
             reclassed(kinds, {}),
@@ -163,9 +163,26 @@ def _holds(module: str, layers: Iterable[str]) -> bool:
     return any(not module or layer.startswith(f"{module}.") for layer in layers)
 
 
-def _cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "gradshield_fast" / "inductor"
+FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+_CHOSEN = os.environ.get(FOLDER)
+"""The user's folder: read here, since torch writes its own, below /tmp, into the variable as soon as dynamo loads."""
+
+
+@contextmanager
+def _kept_code() -> Iterator[None]:
+    """Keep compiled code in the user's cache folder, where it survives a restart, unless another one was chosen."""
+    if _CHOSEN is not None:
+        yield
+        return
+    root, before = os.environ.get("XDG_CACHE_HOME"), os.environ.get(FOLDER)
+    os.environ[FOLDER] = str((Path(root) if root else Path.home() / ".cache") / "gradshield_fast" / "inductor")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[FOLDER]
+        else:
+            os.environ[FOLDER] = before
 
 
 _KINDS: dict[type, type] = {}

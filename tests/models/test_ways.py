@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
-from gradshield_fast import Direction, Scorer, attention, calibrate, scorer
+from gradshield_fast import Direction, Scorer, attention, calibrate, compiled, scorer
 from gradshield_fast.calibrate import Calibration
 from gradshield_fast.errors import InputError, ScoringError
 from gradshield_fast.losses import Call
@@ -155,6 +157,19 @@ def test_compiled_layers_of_a_16_bit_model_may_round_but_not_be_wrong(
         else:
             it.settle(rows_of(LENGTHS))
             assert it.ways["compile"].startswith("2 layers")
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own, which differ by version
+def test_compiled_code_is_kept_in_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiled, "_CHOSEN", None)
+    before = os.environ.get(compiled.FOLDER)
+    torch._dynamo.reset()
+    model = make("llama-tied", torch.float32)
+    with Scorer(model, direction_over(model).low_rank(3), compile=True) as it:
+        it.settle(rows_of(LENGTHS))
+    assert any((tmp_path / "gradshield_fast" / "inductor").rglob("*.so"))
+    assert os.environ.get(compiled.FOLDER) == before
 
 
 def test_compile_says_which_weight_it_cannot_see_through() -> None:
