@@ -159,17 +159,20 @@ def test_compiled_layers_of_a_16_bit_model_may_round_but_not_be_wrong(
             assert it.ways["compile"].startswith("2 layers")
 
 
+@pytest.mark.parametrize("chosen", [None, "mine"])
 @pytest.mark.filterwarnings("ignore")  # the compiler's own, which differ by version
-def test_compiled_code_is_kept_in_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_code_is_kept_in_the_cache_folder(
+    chosen: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(compiled, "_CHOSEN", None)
-    before = os.environ.get(compiled.FOLDER)
-    torch._dynamo.reset()
+    monkeypatch.setenv(compiled.FOLDER, str(tmp_path / "mine"))  # torch's own name for it, or the user's
+    monkeypatch.setattr(compiled, "_CHOSEN", chosen)
     model = make("llama-tied", torch.float32)
-    with Scorer(model, direction_over(model).low_rank(3), compile=True) as it:
+    with Scorer(model, direction_over(model).low_rank(2), compile=True) as it:
         it.settle(rows_of(LENGTHS))
-    assert any((tmp_path / "gradshield_fast" / "inductor").rglob("*.so"))
-    assert os.environ.get(compiled.FOLDER) == before
+        want = str(tmp_path / "mine") if chosen else str(tmp_path / "gradshield_fast" / "inductor")
+        assert os.environ[compiled.FOLDER] == want
+    assert os.environ[compiled.FOLDER] == str(tmp_path / "mine")
 
 
 def test_compile_says_which_weight_it_cannot_see_through() -> None:

@@ -68,8 +68,13 @@ def test_ctrl_c_is_not_lost_while_a_unit_is_handed_to_a_process(
     with Encoding(asked.corpus, asked.model, encoder, workers=1) as encoding:
         assert encoding._pool is not None
         monkeypatch.setattr(encoding._pool, "submit", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt):
-            encoding.begin(units)
+        # a shell starts what it runs in the background with Ctrl-C ignored
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                encoding.begin(units)
+        finally:
+            signal.signal(signal.SIGINT, before)
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
