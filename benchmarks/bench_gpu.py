@@ -16,36 +16,35 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.workload import RANDOM
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def steps(data: str) -> dict[str, list[str]]:
+def steps(data: str, tokenizer: str | None = None) -> dict[str, list[str]]:
     """List what is run.
 
     Args:
         data: folder of rows.
+        tokenizer: a tokenizer's folder, for a machine without the demo model: then SmolLM2 has random weights, and
+            the peers, which load their model by its name, do not run.
 
     Returns:
         Name -> command.
     """
     script = [sys.executable, "benchmarks/end_to_end.py", "--data", data, "--dtype", "bfloat16"]
-    small = [*script, "--rows", "1024", "--batch-tokens", "32768"]
-    large = [*script, "--model", RANDOM, "--rows", "512", "--batch-tokens", "16384", "--max-length", "1024"]
-    return {
+    script += [] if tokenizer is None else ["--tokenizer", tokenizer]
+    small = [*script, *([] if tokenizer is None else ["--model", "smollm2-random"])]
+    small += ["--rows", "1024", "--batch-tokens", "32768", "--ways"]
+    large = [*script, "--model", "llama-3-8b-random", "--rows", "512", "--batch-tokens", "16384"]
+    large += ["--max-length", "1024"]
+    found = {
         "tests and ops": [sys.executable, "benchmarks/ops/run.py", "--device", "cuda"],
         "SmolLM2": small,
-        "SmolLM2 with norms": [*small, "--norms"],
-        "SmolLM2 compiled": [*small, "--compile"],
-        "Llama-3-8B's shape": large,
-        "Llama-3-8B's shape with norms": [*large, "--norms"],
-        "Llama-3-8B's shape compiled": [*large, "--compile"],
+        "Llama-3-8B's shape": [*large, "--ways"],
         "Llama-3-8B's shape checkpointed": [*large, "--checkpoint"],
-        "peers": ["make", "bench-peers", f"ARGS=--data {data} --dtype bfloat16 --rows 256"],
     }
+    if tokenizer is None:
+        found["peers"] = ["make", "bench-peers", f"ARGS=--data {data} --dtype bfloat16 --rows 256"]
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=os.environ.get("GRADSHIELD_SHARED_DATA"), help="folder of rows")
+    parser.add_argument("--tokenizer", help="folder of a tokenizer, where there is no demo model: weights are random")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("bench-gpu: torch sees no GPU on this machine, so nothing was run; `make bench` times the ops on its CPU")
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.data is None:
         parser.error("give the data folder with --data or GRADSHIELD_SHARED_DATA")
     failed = []
-    for name, command in steps(str(Path(options.data).resolve())).items():
+    for name, command in steps(str(Path(options.data).resolve()), options.tokenizer).items():
         print(f"== {name}", flush=True)
         if subprocess.run(command, cwd=ROOT, check=False).returncode:
             failed.append(name)

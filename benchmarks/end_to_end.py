@@ -29,6 +29,7 @@ from benchmarks.peers.peer import entries_of
 from benchmarks.record import append, surroundings
 from benchmarks.workload import (
     RANDOM,
+    TOKENIZER,
     PeakMemory,
     add_options,
     as_taken,
@@ -80,8 +81,9 @@ def made(model: Any, tokenizer: Any, options: argparse.Namespace) -> Direction:
     Returns:
         The directions.
     """
-    if options.model == RANDOM:
-        return random_direction(model, options.rank)
+    if options.model in RANDOM:
+        drawn = [random_direction(model, options.rank, seed) for seed in range(options.directions)]
+        return drawn[0] if len(drawn) == 1 else Direction.stack(drawn)
     if options.direction is None:
         dense = probe_direction(model, tokenizer, options.probes)
     else:
@@ -261,6 +263,7 @@ def parse() -> tuple[argparse.Namespace, Path]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, rows=64, batch_tokens=2048)
     switch = argparse.BooleanOptionalAction
+    parser.add_argument("--tokenizer", default=TOKENIZER, help="whose tokens a random model reads: a folder or a name")
     parser.add_argument("--rank", type=int, default=16, help="rank of the direction; 0: dense")
     parser.add_argument("--directions", type=int, default=1, help="directions scored in one pass")
     parser.add_argument("--direction", type=Path, default=None, help="a saved dense one, instead of one from probes")
@@ -276,15 +279,15 @@ def parse() -> tuple[argparse.Namespace, Path]:
     options = parser.parse_args()
     if min(options.rounds, options.directions) < 1 or options.rank < 0:
         parser.error("--rounds and --directions must be at least 1, --rank at least 0")
-    if options.model == RANDOM and (options.rank == 0 or options.directions > 1 or options.direction is not None):
-        parser.error(f"{RANDOM} is scored against one random direction of low rank")
+    if options.model in RANDOM and (options.rank == 0 or options.direction is not None):
+        parser.error(f"{options.model} is scored against random directions of low rank")
     return options, data_folder(parser, options)
 
 
 def main() -> None:
     """Run the benchmark and record it."""
     options, data = parse()
-    model, tokenizer = open_model(options.model, options.dtype, options.threads)
+    model, tokenizer = open_model(options.model, options.dtype, options.threads, options.tokenizer)
     rows = read_rows(data, tokenizer, options.rows, options.max_length)
     tokens, response = tokens_of(rows)
     direction = made(model, tokenizer, options)

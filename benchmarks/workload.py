@@ -26,8 +26,31 @@ FILES = ("gsm8k_train_2k", "instruct_apache_1k", "banking77_1k", "mts_dialog_1k"
 
 IGNORE = -100
 
-RANDOM = "llama-3-8b-random"
-"""Name of a model of Llama-3-8B's shape with random weights, which reads the demo model's tokens."""
+RANDOM: dict[str, dict[str, Any]] = {
+    "llama-3-8b-random": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+    },
+    "smollm2-random": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+}
+"""Models of a known shape with random weights: name -> configuration. They need no download, and speed is the same."""
+
+TOKENIZER = "smollm2-demo"
+"""Whose tokens they read, unless asked otherwise."""
 
 
 def add_options(parser: argparse.ArgumentParser, *, rows: int, batch_tokens: int | None = None) -> None:
@@ -39,7 +62,7 @@ def add_options(parser: argparse.ArgumentParser, *, rows: int, batch_tokens: int
         batch_tokens: tokens of a batch unless asked otherwise; None: the benchmark has no such option.
     """
     parser.add_argument("--data", type=Path, default=os.environ.get("GRADSHIELD_SHARED_DATA"), help="folder of rows")
-    parser.add_argument("--model", default="smollm2-demo")
+    parser.add_argument("--model", default="smollm2-demo", help=f"also one of {', '.join(RANDOM)}")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--rows", type=int, default=rows)
     parser.add_argument("--max-length", type=int, default=256, help="tokens a row is cut at")
@@ -144,13 +167,14 @@ def tokens_of(rows: Sequence[Encoded]) -> tuple[int, int]:
     return sum(len(row.input_ids) for row in rows), sum(row.response_tokens for row in rows)
 
 
-def open_model(name: str, dtype: str, threads: int | None = None) -> tuple[Any, Any]:
+def open_model(name: str, dtype: str, threads: int | None = None, tokenizer: str = TOKENIZER) -> tuple[Any, Any]:
     """Load a model in evaluation mode, on the first GPU if there is one.
 
     Args:
-        name: as `gradshield_fast.loading.load_model` takes it.
+        name: as `gradshield_fast.loading.load_model` takes it, or one of `RANDOM`.
         dtype: type of its weights.
         threads: threads of torch; None leaves them.
+        tokenizer: whose tokens a random model reads.
 
     Returns:
         The model and its tokenizer.
@@ -158,40 +182,32 @@ def open_model(name: str, dtype: str, threads: int | None = None) -> tuple[Any, 
     keep_freed_memory()  # as the program does
     if threads is not None:
         torch.set_num_threads(threads)
-    if name == RANDOM:
-        return _random_llama(dtype), load_tokenizer("smollm2-demo")
-    model, tokenizer = load_model(name, dtype=dtype)
-    return model.eval(), tokenizer
+    if name in RANDOM:
+        return _random_llama(name, dtype), load_tokenizer(tokenizer)
+    model, own = load_model(name, dtype=dtype)
+    return model.eval(), own
 
 
-def _random_llama(dtype: str) -> Any:
+def _random_llama(name: str, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-    )
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+        return AutoModelForCausalLM.from_config(LlamaConfig(**RANDOM[name]), dtype=getattr(torch, dtype)).eval()
 
 
-def random_direction(model: torch.nn.Module, rank: int) -> Direction:
+def random_direction(model: torch.nn.Module, rank: int, seed: int = 0) -> Direction:
     """Draw a direction of low rank from the start, for a model whose dense gradient has no meaning or no room.
 
     Args:
         model: the model.
         rank: columns of the factors.
+        seed: of the draw.
 
     Returns:
         Random factors for every matrix, and a random vector for every other weight.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
