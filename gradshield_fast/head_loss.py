@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from gradshield_fast.errors import ScoringError
-from gradshield_fast.head_norm import HeadNorm, Lookups, head_norm
+from gradshield_fast.head_columns import Lookups
+from gradshield_fast.head_norm import HeadNorm, head_norm
 from gradshield_fast.ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -170,7 +171,8 @@ class _HeadLoss(torch.autograd.Function):
         h = hidden.reshape(-1, hidden.shape[-1])[place]
         share = None
         if reduction == "mean":
-            share = (1.0 / counts).to(torch.promote_types(h.dtype, torch.float32)).repeat_interleave(counts)
+            share = (1.0 / counts).to(torch.promote_types(h.dtype, torch.float32))
+            share = share.repeat_interleave(counts, output_size=len(targets))
         given = {} if terms is None else {"r": terms.r, "p": terms.p, "q": terms.q, "ranks": terms.ranks}
         out = linear_cross_entropy(
             h,
@@ -200,13 +202,13 @@ class _HeadLoss(torch.autograd.Function):
                 )
         ctx.dh, ctx.shape, ctx.dtype = out.dh, hidden.shape, hidden.dtype
         ctx.save_for_backward(place, counts)
-        losses = torch.segment_reduce(out.loss, "sum", lengths=counts, axis=0, initial=0)
+        losses = torch.segment_reduce(out.loss, "sum", lengths=counts, axis=0, initial=0, unsafe=True)
         return losses / counts.clamp_min(1) if reduction == "mean" else losses
 
     @staticmethod
     def backward(ctx: Any, dlosses: torch.Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         place, counts = ctx.saved_tensors
-        dh = ctx.dh * dlosses.repeat_interleave(counts)[:, None].to(ctx.dh.dtype)
+        dh = ctx.dh * dlosses.repeat_interleave(counts, output_size=len(place))[:, None].to(ctx.dh.dtype)
         whole = torch.zeros(ctx.shape, dtype=ctx.dtype, device=dh.device)
         whole.view(-1, ctx.shape[-1])[place] = dh.to(ctx.dtype)
         return (whole, *[None] * 6)

@@ -6,6 +6,8 @@
     ||G[n]||^2 = sum_{t, u in n} (x[t] . x[u]) (h'[t] . h'[u])      a row of at most d positions: x x^T adds up
                = sum_v |sum_{t in n} x[t, v] h'[t]|^2               a longer one: so do the squares of G[n] itself
 
+On a GPU both forms are `ghost_norm_sq`'s, of a block of columns of x.
+
 The loss is known by then, so that the softmax needs no pass of its own: z'[label] + loss is its normaliser, and its
 entry at the label, less one, is expm1(-loss), which keeps a sure model's digits.
 
@@ -15,53 +17,31 @@ embedding's output gradient into the rows of the words that were looked up. So o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from gradshield_fast.batches import PackedBatch, PaddedBatch
 from gradshield_fast.errors import ScoringError
+from gradshield_fast.head_columns import BatchedColumns, Columns, Lookups
+from gradshield_fast.ops import ghost_norm_sq
 from gradshield_fast.ops.checks import accumulate_dtype
 from gradshield_fast.ops.ghost_dot_lowrank import lowrank_project
 from gradshield_fast.ops.segments import segment_sum
 
-WORDS, FEWEST = 8192, 256
+WORDS, WORDS_ELSEWHERE, FEWEST = {"cpu": 8192}, 1 << 17, 256
 """Rows of the head that are multiplied at once, at most and at least; a multiple of FEWEST."""
 
 ELEMENTS = {"cpu": 1 << 21}
 """Entries of x that exist at once, unless FEWEST words have more: what the caches hold."""
 
-ELEMENTS_ELSEWHERE = 1 << 25
-"""The same on other devices: 128 MiB, so that few and large products are launched."""
+ELEMENTS_ELSEWHERE = 1 << 26
+"""The same on other devices: 256 MiB, so that few and large products are launched."""
 
+BATCHED = frozenset({"cuda"})
+"""Devices on which examples are taken together: on a CPU one at a time stays in the caches, on a GPU each is a launch."""
 
-@dataclass(frozen=True, eq=False)
-class Lookups:
-    """The words that each example's embedding looked up.
-
-    Attributes:
-        ids: Int64[Tensor, "tokens"], example after example.
-        bounds: Int[Tensor, "examples+1"], example n owns bounds[n]:bounds[n+1].
-    """
-
-    ids: torch.Tensor
-    bounds: torch.Tensor
-
-    @classmethod
-    def of(cls, batch: PaddedBatch, line: PackedBatch | None) -> Lookups:
-        """List the words of a batch in the form that the model is given.
-
-        Args:
-            batch: the rows.
-            line: their packed form; None: the model is given the padded one, whose padding is looked up too.
-
-        Returns:
-            The words.
-        """
-        if line is not None:
-            return cls(line.input_ids[0], line.cu_seqlens)
-        return cls(batch.input_ids.reshape(-1), torch.arange(batch.rows + 1, dtype=torch.int32) * batch.tokens)
+_KEEPS = "out_dtype" in (torch.mm.__doc__ or "")
+"""Whether this torch's product of 16-bit matrices can answer in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,15 +118,24 @@ def head_norm(
     shared = h.to(dtype) * scale if token_weight is None else h.to(dtype) * (scale * token_weight.to(dtype))[:, None]
 
     sizes, vocabulary, d = counts.tolist(), weight.shape[0], h.shape[1]
+    batched = h.device.type in BATCHED
     examples = [(n, part) for n, part in enumerate(shared.split(sizes)) if len(part)]
-    grams = {n: part.new_zeros(len(part), len(part)) for n, part in examples if len(part) <= d}
+    grams = {n: part.new_zeros(len(part), len(part)) for n, part in examples if len(part) <= d and not batched}
     norm_sq = torch.zeros(len(sizes), dtype=dtype, device=h.device)
     room = ELEMENTS.get(h.device.type, ELEMENTS_ELSEWHERE) // max(len(h), 1)
-    block = max(FEWEST, min(WORDS, room // FEWEST * FEWEST))
-    columns = None if lookups is None else _Columns(lookups, sizes, range(0, vocabulary + block, block), shared)
+    block = max(FEWEST, min(WORDS.get(h.device.type, WORDS_ELSEWHERE), room // FEWEST * FEWEST))
+    columns, bounds = None, torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(h.device, torch.int32)
+    if lookups is not None:
+        kind = BatchedColumns if batched else Columns
+        columns = kind(lookups, sizes, range(0, vocabulary + block, block), shared)
     for i, start in enumerate(range(0, vocabulary if examples else 0, block)):
-        y = lowrank_project(h, weight[start : start + block].T, backend=backend)
+        y = _product(h, weight[start : start + block], backend)
         x = _gradient(y, labels[:, None] - start, at_label, total[:, None], scale, softcap)
+        if batched:
+            norm_sq += ghost_norm_sq(shared, x, bounds, backend=backend)
+            if columns is not None:
+                columns.take([x], i, start)
+            continue
         blocks = x.split(sizes)
         for n, part in examples:
             if n in grams:
@@ -158,7 +147,14 @@ def head_norm(
     for n, part in examples:
         if n in grams:
             norm_sq[n] = (grams[n] * (part @ part.T)).sum()
-    return HeadNorm(norm_sq, lookups, None if columns is None else columns.rows(shared.split(sizes)))
+    return HeadNorm(norm_sq, lookups, None if columns is None else columns.rows(shared))
+
+
+def _product(h: torch.Tensor, weight: torch.Tensor, backend: str) -> torch.Tensor:
+    """Y = h W^T in float32; torch's own product where it sums 16-bit factors in float32 and keeps that."""
+    if h.device.type == "cuda" and backend != "reference" and h.dtype == weight.dtype != torch.float32 and _KEEPS:
+        return torch.mm(h, weight.T, out_dtype=torch.float32)  # pyright: ignore[reportCallIssue]
+    return lowrank_project(h, weight.T, backend=backend)
 
 
 def _gradient(
@@ -194,47 +190,3 @@ def _gradient(
     column = column.clamp(0, x.shape[1] - 1)
     x.scatter_(1, column, torch.where(inside, at_label, x.gather(1, column)))
     return x if slope is None else x.mul_(slope)
-
-
-class _Columns:
-    """Columns of x at the words that each example looked up, gathered block by block."""
-
-    def __init__(self, lookups: Lookups, sizes: Sequence[int], starts: range, like: torch.Tensor) -> None:
-        """Sort each example's words, and find out which of them are in which block.
-
-        Args:
-            lookups: the words.
-            sizes: labelled positions of each example.
-            starts: first word of every block, and the end of the last.
-            like: Float[Tensor, "labelled d"].
-        """
-        lengths = lookups.bounds.diff().tolist()
-        ids = lookups.ids.to(like.device).split(lengths)
-        self.sorted = [x.sort(stable=True) for x in ids]
-        edges = torch.tensor(starts, device=like.device)
-        self.cuts = [torch.searchsorted(x.values, edges).tolist() for x in self.sorted]
-        self.columns = [like.new_zeros(size, length) for size, length in zip(sizes, lengths, strict=True)]
-
-    def take(self, blocks: Sequence[torch.Tensor], i: int, start: int) -> None:
-        """Take the columns that a block holds.
-
-        Args:
-            blocks: Float32[Tensor, "positions block"] of each example.
-            i: the block's number.
-            start: its first word.
-        """
-        for x, ids, cuts, columns in zip(blocks, self.sorted, self.cuts, self.columns, strict=True):
-            if len(x) and cuts[i] < cuts[i + 1]:
-                at = slice(cuts[i], cuts[i + 1])
-                columns[:, ids.indices[at]] = x[:, ids.values[at] - start]
-
-    def rows(self, shared: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Turn the columns into rows of G: G[n][v] = sum_{t in n} x[t, v] h'[t].
-
-        Args:
-            shared: Float32[Tensor, "positions d"] of each example, h'.
-
-        Returns:
-            Float32[Tensor, "tokens d"].
-        """
-        return torch.cat([columns.T @ part for columns, part in zip(self.columns, shared, strict=True)])

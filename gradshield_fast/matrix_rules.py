@@ -9,8 +9,8 @@ from torch import nn
 
 from gradshield_fast.batches import PackedBatch, PaddedBatch
 from gradshield_fast.direction import Entry
+from gradshield_fast.head_columns import Lookups
 from gradshield_fast.head_loss import HeadTerms
-from gradshield_fast.head_norm import Lookups
 from gradshield_fast.layout import Layout
 from gradshield_fast.lowrank import LowRank
 from gradshield_fast.ops.embedding_dot import embedding_dot

@@ -67,7 +67,7 @@ def autograd_truth(model: torch.nn.Module, direction: Direction, batch: PaddedBa
         truth.norm_sq[name][row] += _norm(g, 2).square()
         for k, part in enumerate(direction.parts):
             if name in part:
-                product = g * _dense(part[name]).to(g.device, dtype)
+                product = g * _dense(part[name], g.device, dtype)
                 truth.dot[name][row, k] += product.sum(dtype=torch.float64).cpu()
                 truth.size[name][row, k] += _norm(product, 1)
                 truth.spread[name][row, k] += _norm(product, 2)
@@ -99,5 +99,6 @@ def _norm(x: torch.Tensor, order: int) -> torch.Tensor:
     return torch.linalg.vector_norm(x, order, dtype=torch.float64).cpu()
 
 
-def _dense(entry: Entry) -> torch.Tensor:
-    return entry.dense() if isinstance(entry, LowRank) else entry
+def _dense(entry: Entry, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    there = entry.to(device, dtype)  # first: factors are multiplied out where that is fast
+    return there.dense() if isinstance(there, LowRank) else there

@@ -76,6 +76,7 @@ class Tally:
         self._expected_uses, self._known_layouts = expected_uses, known_layouts
         self._line = line
         self._lengths = None if line is None else line.cu_seqlens.diff().long().to(device)
+        self._bounds: dict[tuple[int, bool, torch.device], torch.Tensor] = {}
         self._matrix_uses: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
         self._vector_uses: dict[str, torch.Tensor] = {}
         self._head_norms: dict[str, HeadNorm] = {}
@@ -139,7 +140,9 @@ class Tally:
         if self._lengths is None or layout.kind != "packed":
             return sum_rows(u, layout, self.rows)
         flat = by_token(u, layout).sum(1, dtype=torch.float64)
-        return torch.segment_reduce(flat, "sum", lengths=self._lengths.to(flat.device), axis=0, initial=0)
+        # the lengths are those of the batch: held against it again, a GPU would have to be waited for
+        lengths = self._lengths.to(flat.device)
+        return torch.segment_reduce(flat, "sum", lengths=lengths, axis=0, initial=0, unsafe=True)
 
     def add_rows(self, weight: str, s: torch.Tensor, magnitude: torch.Tensor | None = None) -> None:
         """Add the dot products of one use of a weight.
@@ -195,16 +198,23 @@ class Tally:
             left = left.unsqueeze(-1)
         if self._line is not None and layout.kind == "packed":
             left, right = by_token(left, layout), by_token(right, layout)
-            bounds = self._line.cu_seqlens * left.shape[1]
         else:
             left, right = by_row(left, layout, self.rows), by_row(right, layout, self.rows)
-            bounds = torch.arange(self.rows + 1, dtype=torch.int32) * left.shape[1]
+        bounds = self._bounds_of(left.shape[1], packed=self._line is not None and layout.kind == "packed", like=left)
         left, right = left.flatten(0, 1), right.flatten(0, 1)
         left = left if left.is_floating_point() else left[:, 0]
         if self._expected_uses is not None and self._expected_uses.get(weight) == 1:
             self._once(weight, ghost_norm_sq(right, left, bounds, backend=self.backend))
         else:
             self._matrix_uses.setdefault(weight, []).append((left, right, bounds))
+
+    def _bounds_of(self, positions: int, *, packed: bool, like: torch.Tensor) -> torch.Tensor:
+        """Row boundaries at so many positions a token (a row): one tensor for all layers, which kernels know again."""
+        key = (positions, packed, like.device)
+        if key not in self._bounds:
+            one = self._line.cu_seqlens if packed and self._line is not None else torch.arange(self.rows + 1)
+            self._bounds[key] = (one * positions).to(like.device, torch.int32)
+        return self._bounds[key]
 
     def add_vector_norm(self, weight: str, v: torch.Tensor, layout: Layout) -> None:
         """Take in one use of a vector weight, whose per-example gradient is a sum over positions.

@@ -31,6 +31,8 @@ Table = dict[str, dict[str, Any]]
 
 _LOCK = threading.Lock()
 _LOADED: dict[Path, Table] = {}
+_CHANGES = 0
+"""How often this process has cleared the table or preferred a backend."""
 
 
 def cache_file() -> Path:
@@ -61,7 +63,9 @@ def measurements() -> Table:
 
 def clear() -> None:
     """Forget every measurement and preference, on disk too."""
+    global _CHANGES
     with _LOCK:
+        _CHANGES += 1
         _LOADED[cache_file()] = {}
         with suppress(OSError):
             cache_file().unlink(missing_ok=True)
@@ -77,11 +81,34 @@ def prefer(op: str, backend: str) -> None:
     Raises:
         InputError: the cache folder cannot be written.
     """
+    global _CHANGES
     with _LOCK, _alone(cache_file()):
+        _CHANGES += 1
         stored = _read(cache_file())
         stored[op] = {"backend": backend}
         _save(stored)
         _table().update(stored)
+
+
+def stamp() -> tuple[int, str | None]:
+    """Say by which table choices are made now, for those that keep a choice in memory.
+
+    Returns:
+        A value that differs once a choice may.
+    """
+    return _CHANGES, os.environ.get("XDG_CACHE_HOME")
+
+
+def signature(inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """Describe inputs exactly, cheaply: what is asked once a layer must not cost more than the layer's launch.
+
+    Args:
+        inputs: tensors, and None for those that are not given.
+
+    Returns:
+        Something hashable that tells dtype, shape and device.
+    """
+    return tuple(None if x is None else (x.dtype, x.shape, x.device) for x in inputs)
 
 
 def shape_class(inputs: Sequence[Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from gradshield_fast.ops import checks, library
+from gradshield_fast.ops.boundaries import derived
 
 
 def held(cu_seqlens: torch.Tensor, tokens: int, device: torch.device) -> torch.Tensor:
@@ -20,7 +21,11 @@ def held(cu_seqlens: torch.Tensor, tokens: int, device: torch.device) -> torch.T
     Returns:
         Int64[Tensor, "examples+1"], within 0..tokens and never falling.
     """
-    return cu_seqlens.to(device=device, dtype=torch.int64).clamp(0, tokens).cummax(0).values
+    return derived(
+        cu_seqlens,
+        ("held", tokens, device),
+        lambda: cu_seqlens.to(device=device, dtype=torch.int64).clamp(0, tokens).cummax(0).values,
+    )
 
 
 def segment_sum(u: torch.Tensor, cu_seqlens: torch.Tensor, op: str = "segment_sum") -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradshield_fast import Scorer, attention, head_norm
 from gradshield_fast.errors import ScoringError
-from gradshield_fast.head_norm import Lookups
+from gradshield_fast.head_columns import Lookups
 from gradshield_fast.ops import linear_cross_entropy
 from gradshield_fast.ops.linear_cross_entropy import reference
 from tests.models.zoo import ZOO, direction_over, make, row, rows_of
@@ -25,6 +25,12 @@ CASES = {
     "capped": (1.0, 3.0),
     "both": (-1.7, 2.0),
 }
+
+
+@pytest.fixture(params=["one by one", "batched"], autouse=True)
+def _in_both_forms(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples one after another, as on a CPU, and side by side, as on a GPU."""
+    monkeypatch.setattr(head_norm, "BATCHED", frozenset({"cpu"} if request.param == "batched" else ()))
 
 
 def head_case(dtype: torch.dtype, *, sure: bool = False) -> dict[str, Any]:
@@ -92,7 +98,7 @@ def test_norms_agree_with_the_gradients_themselves(scale: float, softcap: float 
 @pytest.mark.parametrize("words", [7, 64, 8192])
 @pytest.mark.parametrize("elements", [1, 700, 1 << 22])
 def test_blocks_may_have_any_size(words: int, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("WORDS", words), ("ELEMENTS", {"cpu": elements}), ("FEWEST", 3)):
+    for name, value in (("WORDS", {"cpu": words}), ("ELEMENTS", {"cpu": elements}), ("FEWEST", 3)):
         monkeypatch.setattr(head_norm, name, value)
     case = head_case(torch.float32)
     assert_right(run(case), case, gradients(case), 1e-5)
@@ -153,7 +159,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
 def test_no_tensor_holds_an_entry_for_each_label_and_word(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for key, value in (("WORDS", 16), ("FEWEST", 16)):
+    for key, value in (("WORDS", {"cpu": 16}), ("FEWEST", 16)):
         monkeypatch.setattr(head_norm, key, value)
     monkeypatch.setattr(reference, "BLOCK", 16)
     model = make(name, torch.float32)

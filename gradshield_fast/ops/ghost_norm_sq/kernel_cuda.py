@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from gradshield_fast.ops import cuda
+from gradshield_fast.ops.boundaries import derived
 from gradshield_fast.ops.segments import held
 
 TILE = 64
@@ -135,7 +136,8 @@ def ghost_inner(
     device = left1.device
     cu = held(cu_seqlens, left1.shape[0], device)
     same = left2 is left1 and right2 is right1
-    tokens, columns, spans = plan(cu, left1.shape[0], left1.shape[1], right1.shape[1], same=same)
+    shape = (left1.shape[0], left1.shape[1], right1.shape[1])
+    tokens, columns, spans = derived(cu, ("plan", *shape, same), lambda: plan(cu, *shape, same=same))
     parts = torch.empty(len(tokens) + len(columns), dtype=torch.float32, device=device)
     cuda.launch("ghost_inner", factors, cu, tokens, parts[: len(tokens)], False, same)
     if len(columns):

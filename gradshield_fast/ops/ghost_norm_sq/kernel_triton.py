@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from gradshield_fast.ops.boundaries import derived
 from gradshield_fast.ops.segments import held, segment_sum
 from gradshield_fast.ops.triton_support import (
     Tiling,
@@ -233,16 +234,21 @@ def ghost_inner(
         rows, cols = left1.shape[1], right1.shape[1]
         # half of the pairs count for two where both batches are one
         shortest = (2 if symmetric else 1) * rows * cols // max(rows + cols, 1) + 1
-    at = torch.arange(tokens, device=device)
-    example = torch.searchsorted(cu, at, right=True) - 1
-    first, last = cu[example], cu[(example + 1).clamp_max(len(cu) - 1)]
-    last = torch.where(last - first < shortest, at + 1 if symmetric else last, first)
-    v = pair_terms(factors, first.int()[:, None], last.int()[:, None], symmetric=symmetric)
+
+    def partners() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        at = torch.arange(tokens, device=device)
+        example = torch.searchsorted(cu, at, right=True) - 1
+        first, last = cu[example], cu[(example + 1).clamp_max(len(cu) - 1)]
+        last = torch.where(last - first < shortest, at + 1 if symmetric else last, first)
+        return first.int()[:, None], last.int()[:, None], cu.int()
+
+    first, last, edges = derived(cu, ("partners", tokens, shortest, symmetric), partners)
+    v = pair_terms(factors, first, last, symmetric=symmetric)
     out = segment_sum(v[:, 0], cu)
     if tokens < shortest or len(cu) == 1:
         return out
     name = f"{outer_kernel.__name__}{', symmetric' * symmetric}"
-    return out + tuned(name, OF_OUTER, (*factors, cu), lambda x: _outer(factors, cu, shortest, symmetric, x))
+    return out + tuned(name, OF_OUTER, (*factors, cu), lambda x: _outer(factors, edges, shortest, symmetric, x))
 
 
 def _outer(
@@ -259,7 +265,7 @@ def _outer(
     s = torch.empty(len(cu) - 1, tiles, device=left1.device, dtype=torch.float32)
     launch(
         outer_kernel, (tiles * (len(cu) - 1),), tiling,
-        *factors, cu.int(), s, shortest, tiles, rows, cols, *(stride for x in factors for stride in x.stride()),
+        *factors, cu, s, shortest, tiles, rows, cols, *(stride for x in factors for stride in x.stride()),
         SYMMETRIC=symmetric,
     )  # fmt: skip
     return s.sum(1)

@@ -10,6 +10,7 @@ import importlib.util
 import torch
 
 from gradshield_fast.errors import BackendUnavailable
+from gradshield_fast.ops.boundaries import derived
 
 MAX_D = 256
 
@@ -106,14 +107,15 @@ def backward(
     unused = torch.empty(0, device=q.device)
     seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)  # else dq is summed by atomics, in any order
+    # else dq is summed by atomics, in any order; the public function would turn the compiler's switch as well
+    torch._C._set_deterministic_algorithms(True)
     try:
         gradients = torch.ops.aten._flash_attention_backward(
             *map(_rows, (dout, q, k, v, out)), lse, bounds, bounds, longest, longest, 0.0, causal, seed, unused,
             scale=scale, window_size_left=left, window_size_right=0,
         )  # fmt: skip
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
     dq, dk, dv = (x.contiguous() for x in gradients)
     return dq, dk, dv
 
@@ -122,8 +124,12 @@ def _shape(cu_seqlens: torch.Tensor, window: int | None, softcap: float | None) 
     """Give int32 boundaries, the longest row, whether there is no window, and how far a query sees to the left."""
     if softcap is not None:
         raise BackendUnavailable("varlen_attention: torch's packed attention has no softcap; use backend='reference'")
-    longest = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
-    return cu_seqlens.int(), longest, window is None, -1 if window is None else window - 1
+    longest, bounds = derived(cu_seqlens, ("longest",), lambda: (_longest(cu_seqlens), cu_seqlens.int()))
+    return bounds, longest, window is None, -1 if window is None else window - 1
+
+
+def _longest(cu_seqlens: torch.Tensor) -> int:
+    return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
