@@ -38,7 +38,7 @@ ELEMENTS_ELSEWHERE = 1 << 26
 """The same on other devices: 256 MiB, so that few and large products are launched."""
 
 BATCHED = frozenset({"cuda"})
-"""Devices on which examples are taken together: one at a time stays in a CPU's caches, but on a GPU is a launch each."""
+"""Devices on which examples are taken together: a CPU's caches hold one at a time, but a GPU would launch each."""
 
 _KEEPS = "out_dtype" in (torch.mm.__doc__ or "")
 """Whether this torch's product of 16-bit matrices can answer in float32."""
