@@ -82,7 +82,10 @@ def check(shape: Shape, o: Options, isa: int, threads: int, seed: int = 0) -> No
     """Run one case: error, and the same bits on any number of threads."""
     inputs, cu = make(shape, seed)
     got = both(kernel_native, inputs, cu, o, isa=isa, threads=threads)
-    hold(got, both(reference, [x.double() for x in inputs], cu, o))
+    dout, *qkv = [x.double() for x in inputs]
+    # the backward pass is given `out` as the forward pass rounded it: that rounding is its input, not its error
+    gradients = reference.backward(dout, *qkv, got[0].double(), got[1].double(), cu, *o)
+    hold(got, [*reference.forward(*qkv, cu, *o), *gradients])
     for x, y in zip(got, both(kernel_native, inputs, cu, o, isa=isa, threads=1), strict=True):
         assert torch.equal(x, y)
 
@@ -104,9 +107,7 @@ def test_agrees_with_the_reference(shape: Shape, o: Options, isa: int) -> None:
     check(shape, o, isa, threads=3)
 
 
-# The same draws in every run: `hold` measures by the largest entry, and where a row of few tokens and few columns has
-# gradients that cancel, the rounding of `out` inside dS may exceed it (lens [2], group 3, d 1, scale -0.5).
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lens=st.lists(
         st.sampled_from([0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 129, 255, 256, 257]), max_size=3
@@ -120,6 +121,7 @@ def test_agrees_with_the_reference(shape: Shape, o: Options, isa: int) -> None:
     isa=st.integers(2, 4),
 )
 @example(lens=[290], kv_heads=1, group=1, d=32, window=257, softcap=None, scale=1.0, isa=4)
+@example(lens=[2], kv_heads=1, group=3, d=1, window=None, softcap=None, scale=-0.5, isa=3)
 def test_any_shape(
     lens: list[int],
     kv_heads: int,
