@@ -82,10 +82,10 @@ def check(shape: Shape, o: Options, isa: int, threads: int, seed: int = 0) -> No
     """Run one case: error, and the same bits on any number of threads."""
     inputs, cu = make(shape, seed)
     got = both(kernel_native, inputs, cu, o, isa=isa, threads=threads)
-    dout, *qkv = [x.double() for x in inputs]
+    dout, q, k, v = [x.double() for x in inputs]
     # the backward pass is given `out` as the forward pass rounded it: that rounding is its input, not its error
-    gradients = reference.backward(dout, *qkv, got[0].double(), got[1].double(), cu, *o)
-    hold(got, [*reference.forward(*qkv, cu, *o), *gradients])
+    gradients = reference.backward(dout, q, k, v, got[0].double(), got[1].double(), cu, *o)
+    hold(got, [*reference.forward(q, k, v, cu, *o), *gradients])
     for x, y in zip(got, both(kernel_native, inputs, cu, o, isa=isa, threads=1), strict=True):
         assert torch.equal(x, y)
 
