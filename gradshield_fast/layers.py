@@ -20,6 +20,13 @@ from gradshield_fast.ops.scale_dot import scale_dot
 from gradshield_fast.rule import Context, Rule
 from gradshield_fast.tally import Tally
 
+Normalised = tuple[torch.Tensor, torch.Tensor | None]
+"""x_hat as two factors: Float[Tensor, "... d"], and Float[Tensor, "... 1"], a number a position, or None where it is 1.
+
+An RMSNorm's x_hat is its input times 1 / rms, so that it need not be written: a position's term is that of the input,
+multiplied once.
+"""
+
 
 class ScaleRule:
     """Norm weights and biases: u[t] = sum_i g[t, i] x_hat[t, i] r[i], with x_hat = 1 for a bias."""
@@ -30,7 +37,7 @@ class ScaleRule:
         entries: Sequence[Entry | None],
         device: torch.device,
         context: Context,
-        normalise: Callable[[Any, torch.Tensor], torch.Tensor] | None,
+        normalise: Callable[[Any, torch.Tensor], Normalised] | None,
     ) -> None:
         """Prepare the direction on a vector weight.
 
@@ -39,7 +46,7 @@ class ScaleRule:
             entries: Float[Tensor, "d"] of each direction, or None.
             device: where the module is.
             context: what the scorer's rules share.
-            normalise: (module, input) -> x_hat; None for a bias.
+            normalise: (module, input) -> x_hat, in factors; None for a bias.
         """
         self.weight, self.context, self.normalise = weight, context, normalise
         given = [e for e in entries if isinstance(e, torch.Tensor)]
@@ -67,27 +74,32 @@ class ScaleRule:
             layout: where the rows are.
             tally: the batch's sums.
         """
-        x_hat = None
-        if kept is not None and self.normalise is not None:
-            x_hat = self.normalise(kept[0], kept[1].to(self.context.dtype))
-        flat_hat = None if x_hat is None else x_hat.reshape(-1, x_hat.shape[-1])
-        u = scale_dot(flat_hat, g.reshape(-1, g.shape[-1]), self.r, backend=self.context.backend)
-        tally.add(self.weight, u.reshape(*g.shape[:-1], -1), layout)
+        x, by = (None, None) if kept is None or self.normalise is None else self.normalise(*kept)
+        flat = None if x is None else x.reshape(-1, x.shape[-1])
+        u = scale_dot(flat, g.reshape(-1, g.shape[-1]), self.r, backend=self.context.backend)
+        u = u.reshape(*g.shape[:-1], -1)
+        tally.add(self.weight, u if by is None else u * by, layout)
         if self.context.norms:
-            tally.add_vector_norm(self.weight, g.to(self.context.dtype) * (1 if x_hat is None else x_hat), layout)
+            v = g.to(self.context.dtype) if by is None else g * by
+            tally.add_vector_norm(self.weight, v if x is None else v * x, layout)
 
 
-def _layer_norm(module: nn.LayerNorm, a: torch.Tensor) -> torch.Tensor:
-    return nn.functional.layer_norm(a, module.normalized_shape, None, None, module.eps)
+def _layer_norm(module: nn.LayerNorm, a: torch.Tensor) -> Normalised:
+    x = a if a.dtype == torch.float64 else a.float()
+    return nn.functional.layer_norm(x, module.normalized_shape, None, None, module.eps), None
 
 
-def _rms_norm(module: Any, a: torch.Tensor) -> torch.Tensor:
+def _rms_norm(module: Any, a: torch.Tensor) -> Normalised:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if eps is None:
         eps = torch.finfo(module.weight.dtype).eps
-    # transformers' norms work in float32 whatever the model's dtype; a float64 oracle sees that rounding too
-    x = a if type(module).forward is nn.RMSNorm.forward else a.float()
-    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(a.dtype)
+    if a.dtype == torch.float64:
+        # transformers' norms work in float32 whatever the model's dtype; a float64 oracle sees that rounding too
+        x = a if type(module).forward is nn.RMSNorm.forward else a.float()
+        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(a.dtype), None
+    # one pass over the input, nothing of its size written
+    mean = torch.linalg.vector_norm(a, dim=-1, keepdim=True, dtype=torch.float32).square() / a.shape[-1]
+    return a, torch.rsqrt(mean + eps)
 
 
 def method_of(module: nn.Module, local: str) -> str:

@@ -119,20 +119,20 @@ def sum_rows(u: torch.Tensor, layout: Layout, rows: int) -> torch.Tensor:
     return by_row(u, layout, rows).sum(1, dtype=torch.float64)
 
 
-def sum_tokens(u: torch.Tensor, layout: Layout, rows: int, tokens: int) -> torch.Tensor | None:
-    """Sum position terms over everything but rows and tokens, in float64.
+def tokens_of(u: torch.Tensor, layout: Layout, rows: int, tokens: int) -> torch.Tensor | None:
+    """View a padded tensor as the positions of each token.
 
     Args:
-        u: Tensor "lead... directions".
+        u: Tensor "lead... last".
         layout: where the rows and the tokens are.
         rows: rows of the batch.
         tokens: tokens of the padded batch.
 
     Returns:
-        Float64[Tensor, "rows tokens directions"], or None where the layout has no token axis.
+        Tensor "rows*tokens positions last", or None where the layout has no token axis.
     """
     if layout.kind == "rows" and layout.token_axis is not None:
         u = u.movedim(layout.token_axis, 1)
     elif layout.kind != "flat":
         return None
-    return u.reshape(rows, tokens, -1, u.shape[-1]).sum(2, dtype=torch.float64)
+    return u.reshape(rows * tokens, -1, u.shape[-1])

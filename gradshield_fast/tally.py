@@ -9,7 +9,7 @@ import torch
 from gradshield_fast.batches import PackedBatch
 from gradshield_fast.errors import ScoringError
 from gradshield_fast.head_norm import HeadNorm
-from gradshield_fast.layout import Layout, RowAxisLost, by_row, by_token, layout_of, packed_layout, sum_rows, sum_tokens
+from gradshield_fast.layout import Layout, RowAxisLost, by_row, by_token, layout_of, packed_layout, sum_rows, tokens_of
 from gradshield_fast.ops import ghost_inner, ghost_norm_sq
 
 Key = tuple[str, str]
@@ -19,8 +19,8 @@ class Tally:
     """Sums of one batch, in float64, on one device.
 
     Attributes:
-        dot: Float64[Tensor, "rows directions"].
-        token_dot: Float64[Tensor, "rows tokens directions"] or None.
+        dot: Float64[Tensor, "rows directions"]; complete after `finish`.
+        token_dot: Float64[Tensor, "rows tokens directions"] or None; complete after `finish`.
         norm_sq: Float64[Tensor, "rows"] or None; complete after `finish`.
         by_weight: weight's name -> Float64[Tensor, "rows directions"] and the same of its terms' magnitudes; kept only
             while a plan is checked.
@@ -75,6 +75,9 @@ class Tally:
         self.inputs: list[tuple[str, torch.Tensor]] = []
         self._expected_uses, self._known_layouts = expected_uses, known_layouts
         self._line = line
+        # position terms of all weights together, so that rows are summed once a batch and not once a use
+        places = rows * tokens if line is None else len(line.place)
+        self._terms = torch.zeros(places, directions, dtype=torch.float64, device=device)
         self._lengths = None if line is None else line.cu_seqlens.diff().long().to(device)
         self._bounds: dict[tuple[int, bool, torch.device], torch.Tensor] = {}
         self._matrix_uses: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
@@ -121,43 +124,66 @@ class Tally:
             u: Float[Tensor, "lead... directions"].
             layout: where the rows are in `lead`.
         """
-        if self.token_dot is not None:
-            self._add_tokens(self.token_dot, u, layout)
-        magnitude = self._sum_rows(u.abs(), layout) if self.by_weight is not None else None
-        self.add_rows(weight, self._sum_rows(u, layout), magnitude)
-
-    def _add_tokens(self, token_dot: torch.Tensor, u: torch.Tensor, layout: Layout) -> None:
-        if self._line is not None and layout.kind == "packed":
-            # each place once, so that the sum has one order
-            flat = by_token(u, layout).sum(1, dtype=torch.float64)
-            token_dot.view(-1, self.directions)[self._line.place] += flat.to(self.device)
-            return
-        per_token = sum_tokens(u, layout, self.rows, self.tokens)
+        per_token = self._per_token(u, layout)
         if per_token is not None:
-            token_dot += per_token.to(self.device)
+            self._terms += per_token.to(self.device)
+        if per_token is None:
+            self.dot += self._sum_rows(u, layout).to(self.device)
+        if self.by_weight is not None:
+            self._add_share(weight, self._sum_rows(u, layout).to(self.device), self._sum_rows(u.abs(), layout))
+        self._used(weight)
+
+    def _per_token(self, u: torch.Tensor, layout: Layout) -> torch.Tensor | None:
+        """Sum over the positions that belong to one token, in float64 where there are several.
+
+        Args:
+            u: Float[Tensor, "lead... directions"].
+            layout: where the rows are in `lead`.
+
+        Returns:
+            Float[Tensor, "places directions"], or None where the layout has no token axis.
+        """
+        if self._line is not None and layout.kind == "packed":
+            flat = by_token(u, layout)
+        else:
+            found = tokens_of(u, layout, self.rows, self.tokens)
+            if found is None:
+                return None
+            # the fused head's terms are padded whatever the model is given
+            flat = found if self._line is None else found[self._line.place]
+        return flat[:, 0] if flat.shape[1] == 1 else flat.sum(1, dtype=torch.float64)
 
     def _sum_rows(self, u: torch.Tensor, layout: Layout) -> torch.Tensor:
         if self._lengths is None or layout.kind != "packed":
             return sum_rows(u, layout, self.rows)
-        flat = by_token(u, layout).sum(1, dtype=torch.float64)
+        return self._sum_segments(by_token(u, layout).sum(1, dtype=torch.float64))
+
+    def _sum_segments(self, flat: torch.Tensor) -> torch.Tensor:
+        """Sum over each packed row's tokens: float64[tokens, columns] -> float64[rows, columns]."""
+        assert self._lengths is not None
         # the lengths are those of the batch: held against it again, a GPU would have to be waited for
         lengths = self._lengths.to(flat.device)
         return torch.segment_reduce(flat, "sum", lengths=lengths, axis=0, initial=0, unsafe=True)
 
-    def add_rows(self, weight: str, s: torch.Tensor, magnitude: torch.Tensor | None = None) -> None:
-        """Add the dot products of one use of a weight.
+    def add_rows(self, weight: str, s: torch.Tensor) -> None:
+        """Add the dot products of one use of a weight, where there are no position terms.
 
         Args:
             weight: its name.
             s: Float64[Tensor, "rows directions"].
-            magnitude: sums of the terms' absolute values; None: those of `s`.
         """
         s = s.to(self.device)
         self.dot += s
+        self._add_share(weight, s, s.abs())
+        self._used(weight)
+
+    def _used(self, weight: str) -> None:
         self.uses[weight] = self.uses.get(weight, 0) + 1
+
+    def _add_share(self, weight: str, s: torch.Tensor, magnitude: torch.Tensor) -> None:
         if self.by_weight is not None:
             dot, terms = self.share(weight)
-            self.by_weight[weight] = (dot + s, terms + (s.abs() if magnitude is None else magnitude.to(self.device)))
+            self.by_weight[weight] = (dot + s, terms + magnitude.to(self.device))
 
     def share(self, weight: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Give one weight's dot products and the magnitudes of its terms; zeros for a weight that was not used.
@@ -257,12 +283,20 @@ class Tally:
         self._head_norms[weight] = norm
 
     def finish(self) -> None:
-        """Add the norms of weights with several uses, cross terms included.
+        """Sum the position terms over each row, and add the norms of weights with several uses, cross terms included.
 
         Raises:
             ScoringError: two uses of one weight see different numbers of positions, or the head's weight has a use
                 that is not the embedding of the model's input.
         """
+        if self._lengths is None:
+            self.dot += self._terms.view(self.rows, self.tokens, -1).sum(1)
+        else:
+            self.dot += self._sum_segments(self._terms)
+        if self.token_dot is not None:
+            place = slice(None) if self._line is None else self._line.place
+            self.token_dot.view(-1, self.directions)[place] += self._terms
+        self._terms = torch.zeros_like(self._terms)
         if self.norm_sq is None:
             return
         for weight in self._head_norms.keys() - self._matrix_uses.keys():

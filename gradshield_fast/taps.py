@@ -80,25 +80,28 @@ class _ScaleTap(torch.autograd.Function):
         y: torch.Tensor,
         terms: torch.Tensor,
         squares: torch.Tensor | None,
-        x_hat: torch.Tensor | None,
+        x: torch.Tensor | None,
+        by: torch.Tensor | None,
         r: torch.Tensor,
         member: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x_hat, r, member)
+        ctx.save_for_backward(x, by, r, member)
         ctx.norms, ctx.tokens = squares is not None, terms.shape[0]
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_hat, r, member = ctx.saved_tensors
+        x, by, r, member = ctx.saved_tensors
         v = g.to(r.dtype)
-        if x_hat is not None:
-            v = v * x_hat.to(r.dtype)
+        if x is not None:
+            v = v * x.to(r.dtype)
+        if by is not None:
+            v = v * by
         # a norm of each head has several positions a token
         v = v.reshape(ctx.tokens, -1, g.shape[-1]).sum(1)
         u = torch.stack([(v * r[k]).sum(-1) for k in range(r.shape[0])], -1)
         square = (member @ v).square().sum(-1) if ctx.norms else None
-        return g, u, square, None, None, None
+        return g, u, square, None, None, None, None
 
 
 class Tap:
@@ -134,8 +137,8 @@ class Tap:
             kept = a.detach().reshape(-1, a.shape[-1]) if rule.r is not None or squares is not None else None
             y = _MatrixTap.apply(y, terms, squares, rule, kept, z, self.carrier.bounds)  # pyright: ignore
         for rule in self.scales:
-            x_hat = None if rule.normalise is None else rule.normalise(module, a.detach().to(rule.context.dtype))
-            y = _ScaleTap.apply(y, terms, squares, x_hat, rule.r, self.carrier.member)  # pyright: ignore
+            x, by = (None, None) if rule.normalise is None else rule.normalise(module, a.detach())
+            y = _ScaleTap.apply(y, terms, squares, x, by, rule.r, self.carrier.member)  # pyright: ignore
         return y
 
 
